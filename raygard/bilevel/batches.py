@@ -1,0 +1,77 @@
+"""Which pictures and which noise each step sees, as a function of (seed, stream, step, slot) alone.
+
+A global batch has B slots, the first half illegal, the second half legal. Slots are dealt to ranks and accumulation
+steps, so the stream of batches does not depend on how many workers there are, and every rank always holds equal
+numbers of illegal and legal pictures. Shape letters: B batch, C channels, H, W latent size, S tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.loss import draw
+from raygard.seeding import generator
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps (B,), illegal bool (B,)."""
+
+    latents: Tensor
+    text: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    illegal: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Deals batches of one stream ("lower" or "upper") from the given rows of a cache.
+
+    illegal, legal: for each class of the role, the rows of its pictures. batch_size: B, the global number of slots.
+    Classes take turns slot by slot; within a class pictures are drawn uniformly.
+    """
+
+    data: LatentSet
+    illegal: Sequence[Tensor]
+    legal: Sequence[Tensor]
+    batch_size: int
+    seed: int
+    stream: str
+
+    def rows(self, step: int) -> Tensor:
+        """Rows of all B slots at `step`: int64 (B,)."""
+        half = self.batch_size // 2
+        chosen = []
+        for role, classes in (("illegal", self.illegal), ("legal", self.legal)):
+            rng = generator(self.seed, "data", self.stream, role, step)
+            uniform = torch.rand(half, generator=rng, dtype=torch.float64)
+            for slot in range(half):
+                rows = classes[(step * half + slot) % len(classes)]
+                chosen.append(int(rows[int(uniform[slot] * len(rows))]))
+        return torch.tensor(chosen)
+
+    def batches(self, step: int, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[Batch]:
+        """The micro-batches of `rank` at `step`, one for each accumulation step."""
+        half = self.batch_size // 2
+        share = half // (world_size * accumulation)
+        rows = self.rows(step)
+        dealt = []
+        for micro in range(accumulation):
+            first = (micro * world_size + rank) * share
+            illegal_slots = torch.arange(first, first + share)
+            slots = torch.cat([illegal_slots, illegal_slots + half])
+            eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:])
+            picked = rows[slots]
+            dealt.append(
+                Batch(self.data.latents(picked, eps), self.data.text[picked], noise, timesteps, slots < half)
+            )
+        return dealt

@@ -1,0 +1,240 @@
+"""One optimizer with two kinds of step: the simulated user's and the publisher's (Algorithm 1).
+
+State on every shard: theta(m) (the parameter itself) and theta_d = theta_pre - theta_ft. Given to DeepSpeed as the
+client optimizer it sees flat float32 shards at every ZeRO stage; alone it sees the model's tensors. Invariant after
+every step of either kind: theta(m) = theta_pre - (1 - m) theta_d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raygard.bilevel.ops import SegmentOps
+from raygard.bilevel.rules import Rule, RuleState
+from raygard.bilevel.segments import ShardLayout
+
+StepKind = Literal["user", "publisher"]
+Reduce = Callable[[Tensor], None]
+
+
+class BilevelOptimizer(torch.optim.Optimizer):
+    """User steps move theta_ft under the soft mask; publisher steps move the logits.
+
+    user step (Eq 9, 10, 13), u = g for "sgd" and u = Adam(g) + weight_decay * theta_ft for "adamw":
+        theta_d += lr (1 - m) u,   theta(m) -= lr (1 - m)^2 u
+    publisher step (Eq 8, 11, 12): s_i = <dL_upper/dtheta(m)_i, theta_d_i>, one all-reduce of N numbers, logits by
+    the rule, then theta(m) += theta_d (m_new - m_old).
+    Adam stands inside the factor (1 - m): it rescales its input, so a factor on g would let nearly frozen tensors
+    drift. rule=None keeps m = 0: plain fine-tuning that tracks theta_d (relearning).
+
+    params: as for any torch optimizer, one parameter group. reduce: sums a tensor over ranks in place; None for one
+    process. Set `kind` before each `step`. `bind` must be called once before the first step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        rule: Rule | None,
+        user_optimizer: Literal["sgd", "adamw"] = "adamw",
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_grad_norm: float = 0.0,
+        reduce: Reduce | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if len(self.param_groups) != 1:
+            raise ValueError("BilevelOptimizer takes one parameter group: the mask needs one vector of logits")
+        self.kind: StepKind = "user"
+        self.rule = rule
+        self.user_optimizer = user_optimizer
+        self.max_grad_norm = max_grad_norm
+        self.last: dict[str, float] = {}
+        self.num_collectives = 0
+        self._reduce = reduce
+        self._layout: ShardLayout | None = None
+        self._ops: dict[Tensor, SegmentOps] = {}
+        self._rule_state: RuleState = rule.initial() if rule is not None else {}
+        self._soft = torch.empty(0, dtype=torch.float64)
+
+    @property
+    def logits(self) -> Tensor:
+        """float64 (N,), equal on all ranks."""
+        return self._rule_state["logits"]
+
+    @property
+    def soft(self) -> Tensor:
+        """m, float64 (N,), on the CPU."""
+        return self._soft
+
+    @property
+    def layout(self) -> ShardLayout:
+        assert self._layout is not None, "call bind() first"
+        return self._layout
+
+    def initial_soft(self, num_tensors: int) -> Tensor:
+        """m before the first publisher step, float64 (N,): the model must hold theta(m) for it when bound."""
+        if self.rule is None:
+            return torch.zeros(num_tensors, dtype=torch.float64)
+        return self.rule.soft(self._rule_state)
+
+    def bind(
+        self,
+        shards: Sequence[Tensor],
+        layout: ShardLayout,
+        theta_pre: Mapping[str, Tensor],
+        theta_ft: Mapping[str, Tensor],
+    ) -> None:
+        """Give the shards their layout and values: theta_d = theta_pre - theta_ft and theta(m) for the initial m.
+
+        shards: this rank's flat float32 tensors, in the layout's order; they are the tensors `step` will find in
+        the parameter group. theta_pre, theta_ft: full tensors by name. Local, no collective.
+        """
+        self._layout = layout
+        self._soft = self.initial_soft(layout.num_tensors)
+        with torch.no_grad():
+            for shard, segments in zip(shards, layout.shards, strict=True):
+                ops = SegmentOps(segments, layout.num_tensors, shard.numel(), shard.device)
+                self._ops[shard] = ops
+                theta_d = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
+                relearned = torch.zeros_like(theta_d)
+                one = ShardLayout(layout.names, layout.sizes, (segments,), layout.replicated)
+                one.scatter(theta_pre, [theta_d])
+                one.scatter(theta_ft, [relearned])
+                theta = shard.detach().view(-1)
+                for s in segments:
+                    part = slice(s.shard_start, s.shard_start + s.length)
+                    theta[part] = theta_d[part]
+                theta_d.sub_(relearned)
+                ops.set_factor("bind", self._soft - 1)
+                ops.add_scaled(theta, theta_d, "bind")
+                self.state[shard]["theta_d"] = theta_d
+        self._prepare_factors()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step of the current `kind` with the gradients found in the parameter group.
+
+        A publisher step is collective: every rank must take it.
+        """
+        if closure is not None:
+            raise ValueError("BilevelOptimizer takes no closure")
+        group = self.param_groups[0]
+        shards = [p for p in group["params"] if p.grad is not None]
+        if len(shards) != len(self._ops):
+            raise ValueError(f"{len(shards)} shards have gradients, {len(self._ops)} were bound")
+        for shard in shards:
+            self._ops[shard].zero_padding(shard.grad.view(-1))
+        if self.kind == "user":
+            self._user_step(group, shards)
+        else:
+            self._publisher_step(shards)
+
+    def _user_step(self, group: dict[str, Any], shards: Sequence[Tensor]) -> None:
+        if self.max_grad_norm > 0:
+            square = torch.stack([torch.linalg.vector_norm(p.grad).double() ** 2 for p in shards]).sum()
+            self._sum_over_ranks(square)
+            norm = float(square.sqrt())
+            self.last["grad_norm"] = norm
+            if norm > self.max_grad_norm:
+                for shard in shards:
+                    shard.grad.mul_(self.max_grad_norm / norm)
+        for shard in shards:
+            ops, state = self._ops[shard], self.state[shard]
+            theta, theta_d, update = shard.view(-1), state["theta_d"], shard.grad.view(-1)
+            if self.user_optimizer == "adamw":
+                self._adam_direction(group, state, update)
+                if group["weight_decay"]:
+                    update.add_(theta, alpha=group["weight_decay"])
+                    ops.add_scaled(update, theta_d, "soft", -group["weight_decay"])
+            ops.add_scaled(theta_d, update, "keep", group["lr"])
+            ops.add_scaled(theta, update, "keep2", -group["lr"])
+
+    @staticmethod
+    def _adam_direction(group: dict[str, Any], state: dict[str, Any], grad: Tensor) -> None:
+        """Replace `grad` by Adam's bias-corrected direction, without the learning rate."""
+        if "step" not in state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = state["exp_avg_sq"].sqrt().div_((1 - beta2 ** state["step"]) ** 0.5).add_(group["eps"])
+        torch.div(state["exp_avg"], denominator, out=grad)
+        grad.div_(1 - beta1 ** state["step"])
+
+    def _publisher_step(self, shards: Sequence[Tensor]) -> None:
+        if self.rule is None:
+            raise ValueError("publisher steps need an update rule")
+        signal = torch.zeros(self.layout.num_tensors, dtype=torch.float64, device=shards[0].device)
+        for shard in shards:
+            signal += self._ops[shard].inner(shard.grad.view(-1), self.state[shard]["theta_d"])
+        self._sum_over_ranks(signal)
+        before = self._soft
+        signal = signal.cpu()
+        self.rule.update(self._rule_state, signal)
+        self._soft = self.rule.soft(self._rule_state)
+        self.last["signal_norm"] = float(signal.norm())
+        for shard in shards:
+            self._ops[shard].set_factor("change", self._soft - before)
+            self._ops[shard].add_scaled(shard.view(-1), self.state[shard]["theta_d"], "change")
+        self._prepare_factors()
+
+    def _sum_over_ranks(self, values: Tensor) -> None:
+        if self._reduce is not None and not self.layout.replicated:
+            self._reduce(values)
+            self.num_collectives += 1
+
+    def _prepare_factors(self) -> None:
+        keep = 1 - self._soft
+        for ops in self._ops.values():
+            ops.set_factor("soft", self._soft)
+            ops.set_factor("keep", keep)
+            ops.set_factor("keep2", keep**2)
+
+    def theta_d(self) -> list[Tensor]:
+        """theta_d of every shard, in the layout's order."""
+        return [self.state[shard]["theta_d"] for shard in self._ops]
+
+    def shards(self) -> list[Tensor]:
+        return list(self._ops)
+
+    def theta_d_norm(self) -> float:
+        """Euclidean norm of theta_d over the whole model. Collective if sharded."""
+        square = torch.stack([d.norm().double() ** 2 for d in self.theta_d()]).sum()
+        if self._reduce is not None and not self.layout.replicated:
+            self._reduce(square)
+        return float(square.sqrt())
+
+    @torch.no_grad()
+    def invariant_error(self, theta_pre: Mapping[str, Tensor]) -> float:
+        """Largest |theta(m) - theta_pre + (1 - m) theta_d| on this rank. Local."""
+        worst = 0.0
+        for shard, segments in zip(self._ops, self.layout.shards, strict=True):
+            theta, theta_d = shard.view(-1), self.state[shard]["theta_d"]
+            for s in segments:
+                part = slice(s.shard_start, s.shard_start + s.length)
+                source = theta_pre[self.layout.names[s.tensor]].reshape(-1)[s.tensor_start :][: s.length]
+                keep = 1 - float(self._soft[s.tensor])
+                gap = theta[part] - source.to(theta) + keep * theta_d[part]
+                worst = max(worst, float(gap.abs().max()))
+        return worst
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the mask's logits and rule state under "mask"."""
+        return {**super().state_dict(), "mask": {key: value.clone() for key, value in self._rule_state.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore shards' states and the mask. `bind` must have been called; theta(m) itself is the caller's."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "mask"})
+        self._rule_state = {key: value.clone() for key, value in state_dict["mask"].items()}
+        if self.rule is not None:
+            self._soft = self.rule.soft(self._rule_state)
+        self._prepare_factors()

@@ -1,0 +1,61 @@
+"""Update rules of the logits: one small file and one registry line each, all of one signature.
+
+A rule sees the signal s (float64 (N,), equal on all ranks) and returns nothing: it updates its state, a dict of
+float64 tensors with at least "logits". Everything it does is deterministic, so ranks stay bitwise equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from raygard.bilevel.rules.budget import BudgetRule
+from raygard.bilevel.rules.paper import PaperRule
+
+RuleState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """What a rule may know: N, p, T, step size, tensor sizes (None when p counts tensors), seed."""
+
+    num_tensors: int
+    freeze_ratio: float
+    temperature: float
+    mask_lr: float
+    sparsity_weight: float
+    weights: Tensor | None
+    seed: int
+
+
+class Rule(Protocol):
+    """The common signature."""
+
+    default_mask_lr: ClassVar[float]
+    uses_sparsity_weight: ClassVar[bool]
+
+    def __init__(self, settings: RuleSettings) -> None: ...
+
+    def initial(self) -> RuleState:
+        """State before the first publisher step."""
+        ...
+
+    def soft(self, state: RuleState) -> Tensor:
+        """m = sigmoid(w / T), float64 (N,)."""
+        ...
+
+    def update(self, state: RuleState, signal: Tensor) -> None:
+        """One publisher step, in place. signal: s_i = <dL_upper/dtheta(m)_i, theta_d_i>."""
+        ...
+
+
+RULES: dict[str, type[Rule]] = {"budget": BudgetRule, "paper": PaperRule}
+
+
+def make_rule(name: str, settings: RuleSettings) -> Rule:
+    return RULES[name](settings)
+
+
+__all__ = ["RULES", "Rule", "RuleSettings", "RuleState", "make_rule"]

@@ -1,0 +1,307 @@
+"""The command line. Thin: parse, call, exit code.
+
+Exit codes: 0 done; 1 a defect or a failed cluster; 2 bad input, in one line; 3 an audit found moved tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import raygard
+from raygard.errors import RaygardError
+
+EXIT_BAD_INPUT = 2
+EXIT_MOVED = 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Search for freeze masks that keep released diffusion models from being fine-tuned on what they must not "
+        "imitate, while legal fine-tuning works as before.\n\n"
+        "Start with `raygard demo --out runs/demo`. Settings are dotted overrides after the options, e.g. "
+        "`raygard learn --out DIR mask.freeze_ratio=0.5`."
+    ),
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. one of jobs/configs/.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="diffusers directory or hub id.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")]
+StageOption = Annotated[int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+def _config(
+    config: Path | None,
+    overrides: list[str] | None,
+    model: str | None = None,
+    data: str | None = None,
+    workers: int | None = None,
+    zero_stage: int | None = None,
+) -> Any:
+    from raygard.config import load_config
+
+    options = {
+        "model.pretrained_model_name_or_path": model,
+        "domain.data": data,
+        "engine.num_workers": workers,
+        "engine.zero_stage": zero_stage,
+    }
+    extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return load_config(config, [*extra, *(overrides or [])])
+
+
+def _flow(config: Any, out: Path, quiet: bool) -> Any:
+    from raygard.flow import Flow
+    from raygard.progress import Progress
+
+    return Flow(config, out, Progress(quiet=quiet))
+
+
+def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
+    from raygard.outcome import format_table
+
+    print(format_table(outcome))
+    print(f"\nmask     {flow.dir / 'mask'}")
+    print(f"outcome  {flow.dir / 'outcome.json'}")
+    print(f"report   {flow.dir / 'report.html'}")
+    if flow.config.tracking.enabled:
+        uri = flow.config.tracking.tracking_uri or f"sqlite:///{flow.dir / 'mlflow.db'}"
+        print(f"MLflow   {uri}    (look: mlflow ui --backend-store-uri {uri})")
+
+
+@app.command()
+def demo(out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None, quiet: QuietOption = False) -> None:
+    """The whole flow on the bundled model and domain, on two CPU cores, in minutes.
+
+    Relearns, learns a mask with two Ray Train workers under DeepSpeed ZeRO-2, lets simulated users adapt to every
+    class under no, random and learned masks, scores, and writes a report.
+    """
+    from raygard.config import load_config
+
+    _run(load_config(demo_config(), overrides or []), out, quiet)
+
+
+@app.command()
+def run(
+    out: OutOption,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    workers: WorkersOption = None,
+    zero_stage: StageOption = None,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole flow with your own configuration: learn, adapt every class, score, report."""
+    _run(_config(config, overrides, model, data, workers, zero_stage), out, quiet)
+
+
+def _run(config: Any, out: Path, quiet: bool) -> None:
+    from raygard.cluster.session import ray_session
+
+    flow = _flow(config, out, quiet)
+    with ray_session():
+        outcome = flow.run()
+    _print_outcome(flow, outcome)
+
+
+@app.command()
+def learn(
+    out: OutOption,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    workers: WorkersOption = None,
+    zero_stage: StageOption = None,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn a freeze mask and save it as OUT/mask."""
+    from raygard.cluster.session import ray_session
+
+    flow = _flow(_config(config, overrides, model, data, workers, zero_stage), out, quiet)
+    with ray_session(), flow.parent:
+        mask = flow.learn_all()[0]
+    facts = {
+        "mask": str(flow.dir / "mask"),
+        "frozen_tensors": int(mask.frozen.sum()),
+        "num_tensors": len(mask.names),
+        "ratio_by_count": mask.ratio_by_count,
+        "ratio_by_params": mask.ratio_by_params,
+        "sha256": mask.sha256,
+    }
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print(
+            f"froze {facts['frozen_tensors']} of {facts['num_tensors']} tensors "
+            f"({mask.ratio_by_params:.1%} of the parameters)\nmask     {facts['mask']}"
+        )
+
+
+@app.command()
+def adapt(
+    data: Annotated[Path, typer.Option("--data", help="imagefolder to fine-tune on.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the fine-tuned pipeline.")],
+    model: Annotated[str, typer.Option("--model", help="diffusers directory or hub id.")] = "zoo:tiny-sd",
+    mask: Annotated[Path | None, typer.Option("--mask", help="Freeze mask to respect.")] = None,
+    cls: Annotated[list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")] = None,
+    config: ConfigOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of data order and noise.")] = 0,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Fine-tune a model on your pictures, respecting a freeze mask (the user's side).
+
+    Runs under `accelerate launch` on several GPUs as well: `accelerate launch -m raygard.cli adapt ...`.
+    """
+    from raygard.user import adapt_model
+
+    run_config = _config(config, overrides, model)
+    facts = adapt_model(run_config, data, tuple(cls or ()), mask, out, seed, quiet)
+    if facts is not None:
+        print(f"trained {facts['trainable_params']} parameters in {facts['seconds']:.0f} s; saved {out}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="Captions to draw.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures (PNG and metadata.jsonl).")],
+    model: Annotated[str, typer.Option("--model", help="diffusers directory or hub id.")] = "zoo:tiny-sd",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Inference steps.", min=1)] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.", min=1.0)] = 4.0,
+) -> None:
+    """Draw pictures from captions."""
+    from raygard.user import generate_pictures
+
+    for path in generate_pictures(model, prompts, out, seed, steps, guidance_scale):
+        print(path)
+
+
+@app.command()
+def score(
+    generated: Annotated[Path, typer.Option("--generated", help="Folder of generated pictures.")],
+    reference: Annotated[Path, typer.Option("--reference", help="Folder of real pictures.")],
+    scorer: Annotated[str, typer.Option(help="Evaluation model.")] = "style_enlite0",
+    as_json: JsonOption = False,
+) -> None:
+    """Mean distance between generated and real pictures under a scorer."""
+    from raygard.user import score_folders
+
+    result = score_folders(generated, reference, scorer)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['scorer']} {result['direction']}: {result['mean']:.4f} +- {result['sd']:.4f} "
+            f"({result['num_generated']} generated, {result['num_reference']} real pictures)"
+        )
+
+
+@app.command()
+def audit(
+    base: Annotated[Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")],
+    model: Annotated[Path, typer.Option("--model", help="The fine-tuned model.")],
+    mask: Annotated[Path, typer.Option("--mask", help="The released freeze mask.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Did anyone move a frozen tensor? Exit code 0: no; 3: yes, listed; 2: bad input."""
+    from raygard.diffusion.model import resolve_model
+    from raygard.mask import FreezeMask
+    from raygard.mask.weights import load_denoiser_state
+
+    states = [load_denoiser_state(resolve_model(str(path))) for path in (base, model)]
+    report = FreezeMask.load(mask).audit(*states)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        dtypes = ", ".join(report.compared_dtypes)
+        print(f"{report.num_frozen} frozen of {report.num_tensors} tensors, compared bit for bit as {dtypes}")
+        for moved in report.moved:
+            print(f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}")
+        print("the mask was kept" if report.ok else f"{len(report.moved)} frozen tensors were moved")
+    if not report.ok:
+        raise typer.Exit(EXIT_MOVED)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write RUN_DIR/report.html anew from what is there."""
+    from raygard.report import build_report
+
+    print(build_report(run_dir))
+
+
+@app.command()
+def track(
+    run_dir: Annotated[Path, typer.Option("--sync", help="Run directory whose spooled records to send.")],
+    tracking_uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's own.")] = None,
+) -> None:
+    """Send MLflow records that were spooled while the server was away."""
+    from raygard.tracking import sync
+
+    print(f"{sync(run_dir, tracking_uri)} records sent")
+
+
+@app.command()
+def version() -> None:
+    """Print raygard's version."""
+    print(raygard.__version__)
+
+
+def demo_config() -> Path:
+    """The demo's configuration, shipped inside the package."""
+    return Path(raygard.__file__).parent / "zoo" / "demo.yaml"
+
+
+def main() -> None:
+    """Entry point: user mistakes become one line and exit code 2."""
+    _quieten()
+    try:
+        code = app(standalone_mode=False)
+    except RaygardError as error:
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            _fail(" ".join(getattr(error, "format_message", lambda: str(error))().split()))
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"raygard: {message}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _quieten() -> None:
+    # The libraries' start-up notices (telemetry, missing accelerators) would bury raygard's own lines.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("raygard").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything that imports Ray or DeepSpeed: workers, sharded engine, sessions, distributed evaluation."""

@@ -1,0 +1,176 @@
+"""DeepSpeed around the bilevel optimizer: configuration, shard layout, checkpoints with checked hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raygard.bilevel.alternation import DenoiserLoss
+from raygard.bilevel.optimizer import BilevelOptimizer
+from raygard.bilevel.segments import ShardLayout
+from raygard.config import BilevelConfig, EngineConfig
+from raygard.errors import RaygardError
+
+TAG = "state"
+
+
+def deepspeed_config(engine: EngineConfig, bilevel: BilevelConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for one parameter group and one sub-group.
+
+    Clipping, weight decay and schedules belong to user steps only, so they live in BilevelOptimizer, not here.
+    """
+    micro = bilevel.train_batch_size // (engine.num_workers * bilevel.gradient_accumulation_steps)
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False, "round_robin_gradients": False}
+    if engine.zero_stage == 3:
+        # One sub-group and no persistent small parameters: one flat shard that holds a part of every tensor.
+        zero |= {"sub_group_size": int(1e12), "stage3_param_persistence_threshold": 0}
+    return {
+        "train_batch_size": bilevel.train_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": bilevel.gradient_accumulation_steps,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": engine.mixed_precision == "bf16"},
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def all_reduce_sum(values: Tensor) -> None:
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+
+
+@dataclass
+class ShardedTraining:
+    """A DeepSpeed engine whose client optimizer is the bilevel optimizer, bound to its shards."""
+
+    engine: Any
+    optimizer: BilevelOptimizer
+    theta_pre: Mapping[str, Tensor]
+
+    def save(self, folder: Path, k: int) -> None:
+        """Write this rank's files and a manifest of their hashes. Collective."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False)
+        dist.barrier()
+        files = {
+            str(file.relative_to(folder)): _sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and not file.name.startswith("manifest-")
+        }
+        manifest = {"k": k, "rank": dist.get_rank(), "world_size": dist.get_world_size(), "files": files}
+        (folder / f"manifest-{dist.get_rank():05d}.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+    def load(self, folder: Path) -> int:
+        """Restore weights, theta_d, logits and moments; return the publisher step to go on from. Collective."""
+        _, client_state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        return int(client_state["k"])
+
+
+def build(
+    unet: nn.Module,
+    module: DenoiserLoss,
+    optimizer_factory: Any,
+    theta_pre: Mapping[str, Tensor],
+    theta_ft: Mapping[str, Tensor],
+    engine_config: EngineConfig,
+    bilevel: BilevelConfig,
+) -> ShardedTraining:
+    """Initialise DeepSpeed and bind the optimizer to this rank's shards. Collective.
+
+    unet holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. The process
+    group must exist (Ray Train made it).
+    """
+    import deepspeed
+
+    # Building the shared-memory collective compiles C++ for a minute and is of no use beside gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameters = dict(unet.named_parameters())
+    named_sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    optimizer: BilevelOptimizer = optimizer_factory(list(parameters.values()), all_reduce_sum)
+    soft = optimizer.initial_soft(len(parameters))
+    with torch.no_grad():
+        for (name, parameter), m in zip(parameters.items(), soft.tolist(), strict=True):
+            difference = theta_pre[name].float() - theta_ft[name].float()
+            parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(engine_config, bilevel), dist_init_required=False
+    )
+    shards, layout = _find_shards(engine, parameters, named_sizes, engine_config.zero_stage)
+    _check_layout(shards, layout, parameters, engine_config.zero_stage)
+    optimizer.bind(shards, layout, theta_pre, theta_ft)
+    return ShardedTraining(engine, optimizer, theta_pre)
+
+
+def _find_shards(
+    engine: Any, parameters: Mapping[str, nn.Parameter], named_sizes: Mapping[str, int], stage: int
+) -> tuple[list[Tensor], ShardLayout]:
+    """The flat float32 tensors the client optimizer will be stepped with, and what lies in them."""
+    if stage == 0:
+        return list(parameters.values()), ShardLayout.dense(named_sizes)
+    zero = engine.optimizer
+    order = {id(parameter): name for name, parameter in parameters.items()}
+    if stage == 3:
+        if len(zero.fp32_partitioned_groups_flat) != 1:
+            raise RaygardError("ZeRO-3 made several sub-groups; raise zero_optimization.sub_group_size above the model")
+        params = zero.fp16_groups[0]
+        assert [order[id(p)] for p in params] == list(named_sizes)
+        layout = ShardLayout.partitioned(named_sizes, [p.partition_numel() for p in params], dist.get_rank())
+        return [zero.fp32_partitioned_groups_flat[0]], layout
+    params, offsets = zero.round_robin_bit16_groups[0], zero.round_robin_bit16_offsets[0]
+    assert [order[id(p)] for p in params] == list(named_sizes)
+    shard = zero.single_partition_of_fp32_groups[0]
+    start = dist.get_rank() * zero.partition_size[0]
+    return [shard], ShardLayout.flat_slice(named_sizes, offsets, start, shard.numel())
+
+
+def _check_layout(shards: list[Tensor], layout: ShardLayout, full: Mapping[str, nn.Parameter], stage: int) -> None:
+    # A silent change of DeepSpeed's internal order would scramble the mask, so the layout is proven on the values.
+    context: Any = contextlib.nullcontext()
+    if stage == 3:
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(list(full.values()), modifier_rank=None)
+    with context:
+        values = {name: parameter.detach().float().cpu().clone() for name, parameter in full.items()}
+    for name, (start, piece) in layout.pieces(shards).items():
+        expected = values[name].reshape(-1)[start : start + len(piece)]
+        if not torch.equal(expected, piece.float()):
+            raise RaygardError(f"this DeepSpeed release lays out '{name}' differently than raygard knows; use 0.19")
+
+
+def cpu_environment() -> None:
+    """DeepSpeed on a machine without accelerator; must run before deepspeed is imported."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checkpoint_is_whole(folder: Path, rank: int, world_size: int) -> str | None:
+    """Check the files this rank will read; return what is wrong, or None."""
+    manifest_path = folder / f"manifest-{rank:05d}.json"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{manifest_path.name} is missing or damaged"
+    if manifest["world_size"] != world_size:
+        return f"it was written by {manifest['world_size']} workers, this run has {world_size}"
+    for name, digest in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or _sha256(file) != digest:
+            return f"{name} is missing or torn"
+    return None

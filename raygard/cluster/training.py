@@ -1,0 +1,134 @@
+"""Driver side of relearning and mask learning: one Ray Train run each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raygard.bilevel.segments import assemble
+from raygard.cluster.errors import user_mistake
+from raygard.cluster.session import require_resources
+from raygard.cluster.worker import train_worker
+from raygard.config import RunConfig
+from raygard.errors import RaygardError
+
+OnRow = Callable[[dict[str, Any]], None]
+
+
+def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None = None) -> Path:
+    """Fine-tune the base on illegal and legal pictures; return the file of theta_ft (float32, by name).
+
+    Runs `config.engine` workers in Ray Train; resumes a run that was cut off in the same folder.
+    """
+    _fit(config, {"stage": "relearn", "cache": str(cache), "out": str(out), "mask_seed": 0}, out, on_row)
+    from raygard.diffusion.model import load_unet
+
+    shapes = {name: tuple(p.shape) for name, p in load_unet(config.model).named_parameters()}
+    parts: list[dict[str, tuple[int, Tensor]]] = []
+    for file in sorted((out / "parts").glob("rank-*.safetensors")):
+        pieces = {}
+        for key, values in load_file(str(file)).items():
+            start, name = key.split(":", 1)
+            pieces[name] = (int(start), values)
+        parts.append(pieces)
+    target = out / "relearned.safetensors"
+    scratch = target.with_suffix(".tmp")
+    save_file(assemble(parts, shapes), str(scratch))
+    scratch.replace(target)
+    shutil.rmtree(out / "parts")
+    shutil.rmtree(out / "ray", ignore_errors=True)
+    return target
+
+
+def learn(
+    config: RunConfig, cache: Path, relearned: Path, mask_seed: int, out: Path, *, on_row: OnRow | None = None
+) -> tuple[Tensor, Tensor]:
+    """Learn mask logits (Algorithm 1); return logits and soft mask, float64 (N,)."""
+    job = {"stage": "learn", "cache": str(cache), "relearned": str(relearned), "out": str(out), "mask_seed": mask_seed}
+    _fit(config, job, out, on_row)
+    arrays = load_file(str(out / "logits.safetensors"))
+    shutil.rmtree(out / "ray", ignore_errors=True)
+    if not torch.isfinite(arrays["logits"]).all():
+        raise RaygardError("the mask's logits are not finite; lower mask.mask_lr")
+    return arrays["logits"], arrays["soft"]
+
+
+def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig as TrainRunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    require_resources(config.engine)
+    engine = config.engine
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), **job},
+        torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=engine.num_workers,
+            use_gpu=engine.use_gpu,
+            resources_per_worker={"CPU": engine.cpus_per_worker, **({"GPU": 1} if engine.use_gpu else {})},
+        ),
+        run_config=TrainRunConfig(
+            name="train",
+            storage_path=str((out / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=engine.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=engine.checkpoints_total_limit),
+        ),
+    )
+    with follow_history(out / "history.jsonl", on_row):
+        try:
+            trainer.fit()
+        except Exception as error:
+            mistake = user_mistake(error)
+            if mistake is None:
+                raise
+            raise RaygardError(mistake) from None
+
+
+class follow_history:
+    """Hand every new line of a history file to `on_row`, from a thread, while the block runs."""
+
+    def __init__(self, path: Path, on_row: OnRow | None, interval_s: float = 1.0) -> None:
+        self.path, self.on_row, self.interval_s = path, on_row, interval_s
+        self._stop = threading.Event()
+        self._seen = (-1, -1)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> follow_history:
+        if self.on_row is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.on_row is not None:
+            self._stop.set()
+            self._thread.join()
+            self._drain()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self._drain()
+
+    def _drain(self) -> None:
+        assert self.on_row is not None
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            # A resumed worker rewrites the steps after its checkpoint; each is handed on once.
+            position = (row["k"], row["l"])
+            if position > self._seen:
+                self._seen = position
+                self.on_row(row)

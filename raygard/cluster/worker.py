@@ -1,0 +1,230 @@
+"""The function every Ray Train worker runs: relearning or mask learning on its shard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alternate
+from raygard.bilevel.batches import BatchSource
+from raygard.bilevel.optimizer import BilevelOptimizer
+from raygard.bilevel.rules import RULES, RuleSettings, make_rule
+from raygard.cluster.engine import ShardedTraining, build, checkpoint_is_whole, cpu_environment
+from raygard.config import RunConfig
+from raygard.diffusion.cache import LatentSet, load_cache
+from raygard.diffusion.loss import DiffusionLoss
+from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.errors import RaygardError
+from raygard.mask.soft import select_frozen
+
+log = logging.getLogger("raygard")
+
+DEFAULT_SPARSITY_WEIGHT = 5e3
+# Relearning has no publisher steps; its checkpoints come at the rhythm of the paper's L = 10.
+RELEARN_STEPS_PER_UNIT = 10
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Relearn or learn a mask (`job["stage"]`), resuming from Ray Train's last whole checkpoint.
+
+    job: config (RunConfig as JSON), stage "relearn" | "learn", cache, out (stage folder on shared storage),
+    relearned (file, stage "learn" only), mask_seed.
+    Outputs: history.jsonl (rank 0), parts/rank-*.safetensors (relearn) or logits.safetensors (learn).
+    """
+    import ray.train
+
+    config = RunConfig.model_validate(job["config"])
+    torch.set_num_threads(config.engine.torch_threads)
+    if not config.engine.use_gpu:
+        cpu_environment()
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    relearning = job["stage"] == "relearn"
+    out = Path(job["out"])
+
+    training, sizes = _set_up(config, job, relearning)
+    optimizer = training.optimizer
+    sources = _sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
+    schedule = _schedule(config, relearning, rank, world_size)
+    first_k = _resume(training, ray.train.get_checkpoint(), rank, world_size)
+    history = _History(out / "history.jsonl", first_k) if rank == 0 else None
+    device = training.engine.device
+    every = config.engine.checkpointing_steps * (RELEARN_STEPS_PER_UNIT if relearning else 1)
+    last_k = schedule.publisher_steps - 1
+
+    pending: list[StepRecord] = []
+    for record in alternate(training.engine, optimizer, *sources, schedule, first_k=first_k, device=device):
+        pending.append(record)
+        k = record.k
+        if not (record.kind == "publisher" or relearning):
+            continue
+        rows = _average(pending, device)
+        extra = {} if relearning else _mask_metrics(config, optimizer, sizes)
+        pending.clear()
+        if history is not None:
+            history.write(rows, extra)
+        if (k + 1) % every == 0 or k == last_k:
+            extra["invariant_error"] = optimizer.invariant_error(training.theta_pre)
+            with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
+                training.save(Path(folder), k + 1)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                ray.train.report({"k": k + 1, **rows[-1], **extra}, checkpoint=checkpoint)
+    _write_result(training, out, rank, relearning)
+
+
+def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[ShardedTraining, Tensor]:
+    unet = load_unet(config.model)
+    if config.engine.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    theta_pre = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+    theta_ft = theta_pre if relearning else load_file(job["relearned"])
+    sizes = torch.tensor([parameter.numel() for parameter in theta_pre.values()])
+    b = config.bilevel
+    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, b.snr_gamma)
+
+    def factory(params: Iterable[Tensor], reduce: Callable[[Tensor], None]) -> BilevelOptimizer:
+        rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
+        return BilevelOptimizer(
+            params,
+            rule=rule,
+            user_optimizer=b.user_optimizer,
+            lr=config.relearn.learning_rate if relearning else b.user_lr,
+            betas=(b.adam_beta1, b.adam_beta2),
+            eps=b.adam_epsilon,
+            weight_decay=b.adam_weight_decay,
+            max_grad_norm=b.max_grad_norm,
+            reduce=reduce,
+        )
+
+    training = build(unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b)
+    return training, sizes
+
+
+def rule_settings(config: RunConfig, sizes: Tensor, mask_seed: int) -> RuleSettings:
+    """Settings of the update rule for a model whose tensors have `sizes` elements."""
+    mask = config.mask
+    return RuleSettings(
+        num_tensors=len(sizes),
+        freeze_ratio=mask.freeze_ratio,
+        temperature=mask.temperature,
+        mask_lr=RULES[mask.rule].default_mask_lr if mask.mask_lr is None else mask.mask_lr,
+        sparsity_weight=DEFAULT_SPARSITY_WEIGHT if mask.sparsity_weight is None else mask.sparsity_weight,
+        weights=sizes.double() if mask.budget == "params" else None,
+        seed=mask_seed,
+    )
+
+
+def _sources(config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int) -> tuple[BatchSource, BatchSource | None]:
+    def source(part: str, stream: str, seed: int) -> BatchSource:
+        roles = [[data.rows(cls, part) for cls in classes] for classes in (config.domain.illegal, config.domain.legal)]
+        return BatchSource(data, roles[0], roles[1], config.bilevel.train_batch_size, seed, stream)
+
+    if relearning:
+        return source("learn_lower", "relearn", config.seed), None
+    # Rule `paper` draws its upper batches from the pictures the user trained on, as the paper does.
+    upper_part = "learn_lower" if config.mask.rule == "paper" else "learn_upper"
+    return source("learn_lower", "lower", mask_seed), source(upper_part, "upper", mask_seed)
+
+
+def _schedule(config: RunConfig, relearning: bool, rank: int, world_size: int) -> Schedule:
+    b = config.bilevel
+    # Relearning must not depend on L, so that trials with different L share it: one user step a round.
+    inner, rounds = (1, config.relearn.max_train_steps) if relearning else (b.inner_steps, b.publisher_steps)
+    weights = b.illegal_weight, b.legal_weight
+    return Schedule(inner, rounds, *weights, b.gradient_accumulation_steps, rank, world_size)
+
+
+def _resume(training: ShardedTraining, checkpoint: Any, rank: int, world_size: int) -> int:
+    """Load the newest checkpoint that is whole on every rank; return the publisher step to go on from."""
+    if checkpoint is None:
+        return 0
+    newest = Path(checkpoint.path)
+    candidates = [newest, *sorted((p for p in newest.parent.glob("checkpoint_*") if p < newest), reverse=True)]
+    for folder in candidates:
+        trouble = checkpoint_is_whole(folder, rank, world_size)
+        whole = torch.tensor([trouble is None], dtype=torch.int32, device=training.engine.device)
+        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
+        if whole.item():
+            return training.load(folder)
+        log.warning("checkpoint %s is not usable (%s); trying the one before it", folder.name, trouble or "another rank")
+    raise RaygardError(f"no usable checkpoint in {newest.parent}; remove the folder to start over")
+
+
+def _average(records: list[StepRecord], device: torch.device) -> list[dict[str, Any]]:
+    """Mean of the losses over ranks, one row a step. Collective."""
+    losses = torch.tensor([[r.illegal_loss, r.legal_loss] for r in records], dtype=torch.float64, device=device)
+    dist.all_reduce(losses)
+    means = (losses / dist.get_world_size()).tolist()
+    return [
+        {"kind": r.kind, "k": r.k, "l": r.l, "step": r.step, "illegal_loss": ill, "legal_loss": leg}
+        for r, (ill, leg) in zip(records, means, strict=True)
+    ]
+
+
+def _mask_metrics(config: RunConfig, optimizer: BilevelOptimizer, sizes: Tensor) -> dict[str, float]:
+    soft = optimizer.soft
+    frozen = select_frozen(optimizer.logits, sizes, config.mask.freeze_ratio, config.mask.budget)
+    return {
+        "soft_mean": float(soft.mean()),
+        "frozen_by_count": float(frozen.double().mean()),
+        "frozen_by_params": float(sizes[frozen].sum() / sizes.sum()),
+        "rounding_gap": float((soft - frozen.double()).abs().mean()),
+        "signal_norm": optimizer.last["signal_norm"],
+        "theta_d_norm": optimizer.theta_d_norm(),
+    }
+
+
+class _History:
+    """history.jsonl on shared storage; a resumed run drops what lies beyond its checkpoint."""
+
+    def __init__(self, path: Path, first_k: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["k"] < first_k:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(kept), encoding="utf-8")
+        os.replace(scratch, path)
+
+    def write(self, rows: list[dict[str, Any]], extra: dict[str, float]) -> None:
+        lines = [json.dumps(row if row is not rows[-1] else {**row, **extra}) + "\n" for row in rows]
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write("".join(lines))
+
+
+def _write_result(training: ShardedTraining, out: Path, rank: int, relearning: bool) -> None:
+    optimizer = training.optimizer
+    if not relearning:
+        if rank == 0:
+            arrays = {"logits": optimizer.logits.contiguous(), "soft": optimizer.soft.contiguous()}
+            _save(arrays, out / "logits.safetensors")
+        return
+    arrays = {}
+    for name, (start, values) in optimizer.layout.pieces(optimizer.shards()).items():
+        arrays[f"{start}:{name}"] = values.contiguous()
+    _save(arrays, out / "parts" / f"rank-{rank:05d}.safetensors")
+
+
+def _save(arrays: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    save_file(arrays, str(scratch))
+    os.replace(scratch, path)
+

@@ -1,0 +1,312 @@
+"""The whole run as typed, validated configuration.
+
+One frozen pydantic model for each concern; YAML files in `jobs/configs/`, dotted overrides on the command line
+(`mask.freeze_ratio=0.5`). Unknown keys and values out of range raise RaygardError with one line that names the
+key and the nearest valid one. Option names follow diffusers (`learning_rate`, `mixed_precision`), Ray
+(`num_workers`, `max_failures`) and the paper (`freeze_ratio`, `temperature`, `inner_steps`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raygard.errors import RaygardError, nearest
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which diffusion model the mask is for."""
+
+    pretrained_model_name_or_path: str = Field(
+        "zoo:tiny-sd", description="diffusers directory, hub id, or 'zoo:tiny-sd' for the bundled model"
+    )
+    revision: str | None = None
+    variant: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="overrides the scheduler's own setting"
+    )
+
+
+class DomainConfig(Section):
+    """Pictures, and which classes are illegal, legal and general (pretraining) material."""
+
+    name: str = "emoji-styles"
+    data: str = Field("zoo:emoji-styles", description="imagefolder with metadata.jsonl or metadata.csv, or 'zoo:emoji-styles'")
+    caption_column: str = "text"
+    class_column: str = "class"
+    illegal: tuple[str, ...] = Field(("Fluent 3D", "OpenMoji"), min_length=1)
+    legal: tuple[str, ...] = Field(("Twemoji", "FxEmoji"), min_length=1)
+    general: tuple[str, ...] = Field((), description="classes the base model was trained on; used only for its own loss")
+    resolution: int = Field(64, ge=16, le=2048)
+    center_crop: bool = True
+    max_per_class: int | None = Field(None, ge=4)
+    publisher_fraction: float = Field(0.5, gt=0, lt=1, description="share of each class for the publisher half")
+    learn_fraction: float = Field(0.5, gt=0, lt=1, description="share of the publisher half used to learn, rest to select")
+    adapt_fraction: float = Field(0.5, gt=0, lt=1, description="share of the user half to fine-tune on, rest is reference")
+    upper_fraction: float = Field(1 / 3, gt=0, lt=1, description="share of the learn part kept for upper batches only")
+    min_part: int = Field(4, ge=1, description="a class with fewer pictures in any part is refused")
+    legal_budget: float = Field(0.05, ge=0, le=1, description="largest tolerated legal impact")
+
+    @model_validator(mode="after")
+    def _roles_are_disjoint(self) -> DomainConfig:
+        for role in ("illegal", "legal", "general"):
+            classes = getattr(self, role)
+            if len(set(classes)) != len(classes):
+                raise ValueError(f"domain.{role} names a class twice: {', '.join(classes)}")
+        for first, second in (("illegal", "legal"), ("illegal", "general"), ("legal", "general")):
+            both = sorted(set(getattr(self, first)) & set(getattr(self, second)))
+            if both:
+                raise ValueError(f"class '{both[0]}' is both {first} and {second}; give it one role")
+        return self
+
+
+class MaskConfig(Section):
+    """What is frozen and by which update rule the logits are learned."""
+
+    freeze_ratio: float = Field(0.3, gt=0, lt=1, description="p")
+    budget: Literal["count", "params"] = Field("count", description="p counts tensors or parameters")
+    rule: str = Field("budget", description="update rule of the logits: budget, paper")
+    temperature: float = Field(0.2, gt=0, le=100, description="T in m = sigmoid(w / T)")
+    mask_lr: float | None = Field(None, gt=0, description="step size of the logits; null: the rule's default")
+    sparsity_weight: float | None = Field(None, ge=0, description="weight of Eq 6, rule 'paper' only; null: 5e3")
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str) -> str:
+        from raygard.bilevel.rules import RULES
+
+        if rule not in RULES:
+            raise ValueError(f"unknown rule '{rule}'{nearest(rule, RULES)}")
+        return rule
+
+    @model_validator(mode="after")
+    def _no_inert_setting(self) -> MaskConfig:
+        from raygard.bilevel.rules import RULES
+
+        if self.sparsity_weight is not None and not RULES[self.rule].uses_sparsity_weight:
+            raise ValueError(f"mask.sparsity_weight has no effect with mask.rule={self.rule}; remove it")
+        return self
+
+
+class RelearnConfig(Section):
+    """Full fine-tuning of the base on illegal and legal pictures: theta_pre -> theta_ft."""
+
+    max_train_steps: int = Field(200, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+
+
+class BilevelConfig(Section):
+    """Algorithm 1: K publisher steps, each after L user steps."""
+
+    publisher_steps: int = Field(40, ge=1, description="K")
+    inner_steps: int = Field(10, ge=1, description="L, user steps before each publisher step")
+    user_optimizer: Literal["sgd", "adamw"] = "adamw"
+    user_lr: float = Field(1e-5, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="clips user steps only; 0 switches it off")
+    illegal_weight: float = Field(1.0, ge=0, description="lambda_1 of Eq 5")
+    legal_weight: float = Field(1.0, ge=0, description="lambda_2 of Eq 5")
+    train_batch_size: int = Field(16, ge=2, description="global batch, half illegal and half legal")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off when null")
+
+
+class EngineConfig(Section):
+    """How training runs inside Ray Train and DeepSpeed."""
+
+    num_workers: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    mixed_precision: Literal["no", "bf16"] = "no"
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1.0, gt=0)
+    torch_threads: int = Field(1, ge=1)
+    max_failures: int = Field(3, ge=-1)
+    checkpointing_steps: int = Field(5, ge=1, description="publisher steps between checkpoints")
+    checkpoints_total_limit: int = Field(2, ge=1)
+    gradient_checkpointing: bool = False
+    timeout_s: float = Field(1800.0, gt=0, description="collective timeout")
+
+
+class AdaptConfig(Section):
+    """The user's fine-tuning (the simulated user runs the same code)."""
+
+    method: str = "full"
+    max_train_steps: int = Field(2000, ge=1)
+    learning_rate: float = Field(1e-5, gt=0)
+    train_batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_weight_decay: float = Field(1e-2, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    snr_gamma: float | None = Field(None, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+class GenerationConfig(Section):
+    """Pictures drawn from an adapted model: the same noise for every defence."""
+
+    num_images: int = Field(24, ge=2, description="pictures for each class, over its reference captions")
+    num_inference_steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(4.0, ge=1)
+    batch_size: int = Field(8, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Which defences are compared, how often, and by what scorer."""
+
+    scorer: str = "style_enlite0"
+    defences: tuple[str, ...] = ("none", "freeze", "random", "random-matched", "largest-first")
+    random_draws: int = Field(3, ge=1, description="draws of each random mask")
+    mask_seeds: tuple[int, ...] = Field((0,), min_length=1, description="one mask is learned for each")
+    adaptation_seeds: tuple[int, ...] = Field((0,), min_length=1)
+    half: Literal["user", "publisher"] = Field("user", description="publisher: simulated users on the select part")
+    bootstrap_samples: int = Field(2000, ge=100)
+    cpus_per_job: float = Field(1.0, gt=0)
+    gpus_per_job: float = Field(0.0, ge=0)
+
+    @field_validator("defences")
+    @classmethod
+    def _known_defences(cls, defences: tuple[str, ...]) -> tuple[str, ...]:
+        from raygard.baselines import DEFENCES
+
+        for name in defences:
+            if name not in DEFENCES:
+                raise ValueError(f"unknown defence '{name}'{nearest(name, DEFENCES)}")
+        if "none" not in defences:
+            raise ValueError("defences must contain 'none': every outcome is measured against it")
+        return defences
+
+
+class TrackingConfig(Section):
+    """MLflow. The default store is sqlite inside the run directory."""
+
+    enabled: bool = True
+    tracking_uri: str | None = Field(None, description="null: sqlite store in the run directory")
+    experiment: str = "raygard"
+    log_images: bool = Field(True, description="false for domains whose pictures must not leave the cluster")
+
+
+class RunConfig(Section):
+    """Everything that decides the outcome of a run."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    domain: DomainConfig = DomainConfig()
+    mask: MaskConfig = MaskConfig()
+    relearn: RelearnConfig = RelearnConfig()
+    bilevel: BilevelConfig = BilevelConfig()
+    engine: EngineConfig = EngineConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> RunConfig:
+        batch, workers = self.bilevel.train_batch_size, self.engine.num_workers
+        parts = 2 * workers * self.bilevel.gradient_accumulation_steps
+        if batch % parts:
+            raise ValueError(
+                f"bilevel.train_batch_size {batch} must be a multiple of {parts} "
+                "(2 roles x engine.num_workers x bilevel.gradient_accumulation_steps)"
+            )
+        return self
+
+
+def config_hash(*sections: BaseModel) -> str:
+    """SHA-256 (hex, 16 characters) of the sections' canonical JSON."""
+    text = json.dumps([s.model_dump(mode="json") for s in sections], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Return `{'mask.freeze_ratio': 0.3, ...}`, lists as comma-separated strings."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = ",".join(map(str, value)) if isinstance(value, list) else value
+
+    walk("", config.model_dump(mode="json"))
+    return flat
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply dotted overrides such as `mask.freeze_ratio=0.5` (values are YAML).
+
+    Raises RaygardError (one line, nearest valid key) for an unreadable file, an unknown key, a value of the
+    wrong type or out of range, or a malformed override.
+    """
+    data: Any = {}
+    source = "configuration"
+    if path is not None:
+        source = str(path)
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RaygardError(f"cannot read configuration {path}: {str(error).splitlines()[0]}") from None
+        if not isinstance(data, dict):
+            raise RaygardError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise RaygardError(f"{source}: {_describe(error)}") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RaygardError(f"override '{override}' is not of the form key=value, e.g. mask.freeze_ratio=0.5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RaygardError(f"override '{override}': the value is not valid YAML") from None
+    *parents, last = key.strip().split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RaygardError(f"override '{override}': '{parent}' is not a section")
+        node = child
+    node[last] = value
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    dotted = ".".join(names)
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        section: Any = RunConfig
+        for name in names[:-1]:
+            section = section.model_fields[name].annotation
+        known = {".".join([*names[:-1], field]) for field in section.model_fields}
+        return f"unknown key '{dotted}'{nearest(dotted, known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{dotted}: {message}" if len(names) > 1 else message
+    return f"{dotted}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

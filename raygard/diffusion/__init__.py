@@ -1,0 +1,1 @@
+"""The diffusion model: loading, the training loss, latent and text cache, generation."""

@@ -1,0 +1,297 @@
+"""Latents and text embeddings, computed once for a domain and a model and kept on disk by content.
+
+    <cache_dir>/<key>/latents.safetensors   mean, std (n, C, h, w); text (u, L, D); caption_index (n,)
+    <cache_dir>/<key>/cache.json            hash of that file; class, part, caption and picture hash of every
+    row
+
+The key covers the weights of autoencoder, text encoder and tokenizer, the resolution, the pictures and
+captions. Shape letters: n rows, u unique captions, C latent channels, h, w latent sides, L tokens, D text
+features.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from raygard.config import DomainConfig, ModelConfig
+from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerprint
+from raygard.domain import DomainView, Picture
+from raygard.errors import RaygardError
+from raygard.imagefolder import read_pixels
+
+FORMAT_VERSION = 1
+ARRAYS, MANIFEST = "latents.safetensors", "cache.json"
+PARTS_OF_KEY = ("vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Text embeddings (n, L, D) held once for each unique caption; indexing by rows expands them."""
+
+    unique: Tensor
+    index: Tensor
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
+        """Float32 (len(rows), L, D), or (L, D) for one row."""
+        return self.unique[self.index[rows]]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.index), *self.unique.shape[1:]))
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Training material: the posterior of every picture in latent space, its text, class and caption.
+
+    mean, std: float32 (n, C, h, w), already times the autoencoder's scaling factor. parts: empty, or one for
+    each row.
+    """
+
+    mean: Tensor
+    std: Tensor
+    text: TextRows
+    classes: list[str]
+    captions: list[str]
+    parts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w) of one latent."""
+        return tuple(self.mean.shape[1:])
+
+    def rows(self, cls: str, part: str | None = None) -> Tensor:
+        """Rows of a class (and part), int64, in stored order; empty if there are none."""
+        parts: list[str] | list[None] = self.parts or [None] * len(self)
+        found = [
+            row
+            for row, (own_cls, own_part) in enumerate(zip(self.classes, parts, strict=True))
+            if own_cls == cls and part in (None, own_part)
+        ]
+        return torch.tensor(found, dtype=torch.int64)
+
+    def subset(self, rows: Tensor | Sequence[int]) -> LatentSet:
+        """The given rows, in the given order; unique captions are shared."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        chosen = index.tolist()
+        return LatentSet(
+            mean=self.mean[index],
+            std=self.std[index],
+            text=TextRows(self.text.unique, self.text.index[index]),
+            classes=[self.classes[row] for row in chosen],
+            captions=[self.captions[row] for row in chosen],
+            parts=[self.parts[row] for row in chosen] if self.parts else [],
+        )
+
+    def latents(self, rows: Tensor, eps: Tensor) -> Tensor:
+        """Sample of the posterior, mean + std * eps: float32 (len(rows), C, h, w)."""
+        return self.mean[rows] + self.std[rows] * eps
+
+
+def build_cache(
+    model: ModelConfig,
+    domain: DomainConfig,
+    view: DomainView,
+    parts: Sequence[tuple[str, str]],
+    cache_dir: str | Path,
+    *,
+    device: str = "cpu",
+    batch_size: int = 16,
+) -> Path:
+    """Encode the pictures and captions of `parts` ((class, part) pairs, in this order) and return the folder.
+
+    A sound cache of the same content is reused, a damaged one is built again. Autoencoder and text encoder
+    are out of memory when this returns. Not collective: call it on one rank, or let ranks race (the first one
+    wins). Raises RaygardError for an unreadable model or picture and for a full disk, with nothing
+    half-written left.
+    """
+    rows = [(cls, part, picture) for cls, part in parts for picture in view.pictures(cls, part)]
+    if not rows:
+        raise RaygardError("no pictures to encode")
+    key = _key(model, domain, rows)
+    folder = Path(cache_dir) / key[:32]
+    if _sound(folder, key):
+        return folder
+    arrays = _encode_pictures(model, domain, [picture for _, _, picture in rows], device, batch_size)
+    captions = [picture.caption for _, _, picture in rows]
+    unique = sorted(set(captions))
+    position = {caption: number for number, caption in enumerate(unique)}
+    arrays["text"] = _encode_captions(model, unique, device, batch_size)
+    arrays["caption_index"] = torch.tensor([position[caption] for caption in captions], dtype=torch.int64)
+    gc.collect()
+    data = save(arrays)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "classes": [cls for cls, _, _ in rows],
+        "parts": [part for _, part, _ in rows],
+        "captions": captions,
+        "pictures": [picture.sha256 for _, _, picture in rows],
+    }
+    _publish(folder, key, data, manifest)
+    return folder
+
+
+def load_cache(path: str | Path) -> LatentSet:
+    """Read a cache folder. Raises RaygardError if it is missing, torn or of another format version."""
+    folder = Path(path)
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise RaygardError(f"{folder} holds no readable cache; build it again")
+    try:
+        data = (folder / ARRAYS).read_bytes()
+    except OSError as error:
+        raise RaygardError(
+            f"cannot read {folder / ARRAYS}: {error.strerror}; delete the folder and run again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise RaygardError(
+            f"{folder / ARRAYS} is damaged (its hash is not the recorded one); delete the folder"
+        )
+    try:
+        arrays = load(data)
+    except SafetensorError as error:
+        raise RaygardError(f"cannot read {folder / ARRAYS}: {error}; delete the folder") from None
+    return LatentSet(
+        mean=arrays["mean"],
+        std=arrays["std"],
+        text=TextRows(arrays["text"], arrays["caption_index"]),
+        classes=list(manifest["classes"]),
+        captions=list(manifest["captions"]),
+        parts=list(manifest["parts"]),
+    )
+
+
+def _key(model: ModelConfig, domain: DomainConfig, rows: Sequence[tuple[str, str, Picture]]) -> str:
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "model": {part: model_fingerprint(model, part) for part in PARTS_OF_KEY},
+        "resolution": domain.resolution,
+        "center_crop": domain.center_crop,
+        "rows": [(cls, part, picture.sha256, picture.caption) for cls, part, picture in rows],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(manifest, dict) and manifest.get("format_version") == FORMAT_VERSION
+    fields = ("key", "sha256", "classes", "parts", "captions", "pictures")
+    return manifest if sound and all(field in manifest for field in fields) else None
+
+
+def _sound(folder: Path, key: str) -> bool:
+    manifest = _manifest(folder)
+    if manifest is None or manifest["key"] != key:
+        return False
+    try:
+        with (folder / ARRAYS).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == manifest["sha256"]
+    except OSError:
+        return False
+
+
+@torch.no_grad()
+def _encode_pictures(
+    model: ModelConfig, domain: DomainConfig, pictures: Sequence[Picture], device: str, batch_size: int
+) -> dict[str, Tensor]:
+    vae = load_vae(model).to(device).eval()
+    side = 2 ** (len(vae.config.block_out_channels) - 1)
+    if domain.resolution % side:
+        raise RaygardError(
+            f"domain.resolution {domain.resolution} must be a multiple of {side} for this model"
+        )
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    means, stds = [], []
+    for batch in _batches(pictures, batch_size):
+        pixels = torch.stack(
+            [torch.from_numpy(read_pixels(p.path, domain.resolution, domain.center_crop)) for p in batch]
+        )
+        scaled = pixels.permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+        posterior = vae.encode(scaled).latent_dist
+        means.append(((posterior.mean - shift) * scale).float().cpu())
+        stds.append((posterior.std * scale).float().cpu())
+    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+
+
+@torch.no_grad()
+def encode_captions(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tensor:
+    """Last hidden states as StableDiffusionPipeline computes them, padded to the model's length: (len, L,
+    D)."""
+    tokens = tokenizer(
+        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    uses_mask = getattr(encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(encoder.device) if uses_mask else None
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+
+
+def _encode_captions(model: ModelConfig, captions: Sequence[str], device: str, batch_size: int) -> Tensor:
+    tokenizer, encoder = load_text_encoder(model)
+    encoder.to(device)
+    return torch.cat([encode_captions(tokenizer, encoder, batch).float().cpu()
+                      for batch in _batches(captions, batch_size)])  # fmt: skip
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _publish(folder: Path, key: str, data: bytes, manifest: dict[str, Any]) -> None:
+    """Write beside the target and rename, so that readers see all of it or nothing."""
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+        _write(temporary / ARRAYS, data)
+        _write(temporary / MANIFEST, json.dumps(manifest).encode())
+        if folder.exists() and not _sound(folder, key):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    except OSError as error:
+        if _sound(folder, key):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            megabytes = len(data) / 1e6
+            raise RaygardError(
+                f"no space left for the cache in {folder.parent}: {megabytes:.1f} MB needed"
+            ) from None
+        raise RaygardError(f"cannot write the cache in {folder.parent}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,70 @@
+"""Did anyone move a frozen tensor? Bit-for-bit comparison of a fine-tuned model with its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from raygard.errors import RaygardError
+
+
+@dataclass(frozen=True)
+class MovedTensor:
+    """A frozen tensor whose bits differ: how many elements, and the largest absolute difference."""
+
+    name: str
+    num_elements: int
+    max_abs_difference: float
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Outcome of an audit; `moved` is empty if the mask was kept."""
+
+    num_frozen: int
+    num_tensors: int
+    compared_dtypes: tuple[str, ...]
+    moved: tuple[MovedTensor, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.moved
+
+    def to_json(self) -> dict[str, object]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> AuditReport:
+    """Compare every frozen tensor of `tuned` with `base`, bit for bit, in the dtype `tuned` is stored in.
+
+    A base stored in higher precision is rounded to that dtype first: a fine-tune saved as float16 is compared
+    with the float16 rounding of the base, and `compared_dtypes` says so.
+    Raises RaygardError naming the first tensor that is missing or has another shape: then the models are not
+    related and nothing can be said.
+    """
+    moved, dtypes = [], set()
+    for name in frozen:
+        for label, state in (("base", base), ("model", tuned)):
+            if name not in state:
+                raise RaygardError(f"{label} has no tensor '{name}': it is not the model this mask was made for")
+        released, found = base[name].detach().cpu(), tuned[name].detach().cpu()
+        if released.shape != found.shape:
+            raise RaygardError(
+                f"tensor '{name}' has shape {tuple(found.shape)} in the model and {tuple(released.shape)} in the base"
+            )
+        dtypes.add(str(found.dtype).removeprefix("torch."))
+        expected = released.to(found.dtype)
+        different = _bits(expected) != _bits(found)
+        if different.any():
+            gap = (expected.double() - found.double()).abs().max()
+            moved.append(MovedTensor(name, int(different.sum()), float(gap)))
+    return AuditReport(len(frozen), len(tuned), tuple(sorted(dtypes)), tuple(moved))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # Integer views make NaN equal to itself and -0.0 differ from 0.0: bits, not values, are promised.
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(integer)

@@ -1,0 +1,155 @@
+"""A run on disk: one folder, one sub-folder for each stage, each finished by a manifest written last.
+
+A stage whose inputs' hash is unchanged is not run again. A stage that was cut off keeps its folder, so that Ray
+Train can go on from its checkpoints; a stage whose inputs changed starts from an empty folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import raygard
+from raygard.config import RunConfig, config_hash, flatten
+from raygard.errors import RaygardError
+
+SUCCESS, INPUTS = "_SUCCESS.json", "_inputs.json"
+VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
+MIN_FREE_BYTES = 200 * 1024 * 1024
+
+
+class RunDirectory:
+    """Resolved configuration, stages and outputs of one run."""
+
+    def __init__(self, path: str | Path, config: RunConfig) -> None:
+        """Open or create a run directory.
+
+        Raises RaygardError if it belongs to another configuration, is not a run directory, or the disk is full.
+        """
+        self.path = Path(path).resolve()
+        self.config = config
+        existing = self.path / "config.yaml"
+        if existing.exists():
+            _refuse_other_config(existing, config)
+        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+            raise RaygardError(f"{self.path} is not empty and is not a raygard run; choose another --out")
+        with readable_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+            if free < MIN_FREE_BYTES:
+                raise RaygardError(
+                    f"{self.path}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
+                )
+            write_text(existing, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            self._info = self._read_info()
+            self.note(
+                raygard_version=raygard.__version__,
+                versions={**_versions(), "python": platform.python_version()},
+                config_hash=config_hash(config),
+            )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def note(self, **values: Any) -> None:
+        """Merge values into run.json."""
+        self._info.update(values)
+        write_text(self.path / "run.json", json.dumps(self._info, indent=2) + "\n")
+
+    @contextmanager
+    def stage(self, name: str, inputs: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
+        """Yield (folder, already_done); on a clean exit the stage is marked as finished.
+
+        inputs: JSON-able values that decide the stage's result.
+        """
+        folder = self.path / name
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        done = _read_json(folder / SUCCESS)
+        if done is not None and done.get("inputs") == digest:
+            yield folder, True
+            return
+        begun = _read_json(folder / INPUTS)
+        if folder.exists() and (begun is None or begun.get("inputs") != digest):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / INPUTS, json.dumps({"inputs": digest}))
+        started = time.monotonic()
+        with readable_disk_errors(folder):
+            yield folder, False
+            seconds = round(time.monotonic() - started, 2)
+            write_text(folder / SUCCESS, json.dumps({"inputs": digest, "seconds": seconds}))
+        self.note(seconds={**self._info.get("seconds", {}), name: seconds})
+
+    def _read_info(self) -> dict[str, Any]:
+        found = _read_json(self.path / "run.json")
+        return found if found is not None else {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+@contextmanager
+def readable_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RaygardError(
+                f"no space left while writing {path}; free some and run the same command again "
+                "(finished stages are kept)"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise RaygardError(f"cannot write to {path}: {error.strerror}") from None
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old text or the new, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _refuse_other_config(path: Path, config: RunConfig) -> None:
+    try:
+        before = flatten(RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (ValueError, yaml.YAMLError):
+        raise RaygardError(f"{path} is damaged or of another raygard version; choose another --out") from None
+    now = flatten(config)
+    for key, value in now.items():
+        if not key.startswith("tracking.") and before.get(key) != value:
+            raise RaygardError(
+                f"{path.parent} holds another configuration: {key} was {before.get(key)!r}, now {value!r}; "
+                "choose another --out or use the same values"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

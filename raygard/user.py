@@ -1,0 +1,136 @@
+"""The user's side of the command line: fine-tune, draw, score, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raygard.config import DomainConfig, GenerationConfig, ModelConfig, RunConfig
+from raygard.errors import RaygardError, nearest
+from raygard.imagefolder import SUFFIXES, read_entries, read_pixels, resolve_data
+from raygard.progress import Progress
+from raygard.rundir import readable_disk_errors, write_text
+
+
+def adapt_model(
+    config: RunConfig,
+    data: str | Path,
+    classes: tuple[str, ...],
+    mask_path: Path | None,
+    out: Path,
+    seed: int,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
+    """Fine-tune the model on an imagefolder, respecting a mask, and save a diffusers pipeline to `out`.
+
+    classes: empty takes every class of the folder. Under `accelerate launch` every process calls this; the main
+    process saves and gets the facts, the others get None.
+    Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty.
+    """
+    from accelerate import PartialState
+
+    from raygard.adaptation import ADAPTATIONS
+    from raygard.diffusion.cache import build_cache, load_cache
+    from raygard.diffusion.loss import DiffusionLoss
+    from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
+    from raygard.domain import load_domain
+    from raygard.mask import FreezeMask
+
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RaygardError(f"{out} is not empty; choose another --out")
+    mask = FreezeMask.load(mask_path) if mask_path is not None else None
+    domain = load_domain(_all_general(config.domain, str(data), classes))
+    parts = [(cls, "general") for cls in domain.general]
+    state = PartialState()
+    with readable_disk_errors(out), tempfile.TemporaryDirectory(prefix="raygard-") as cache:
+        rows = load_cache(build_cache(config.model, config.domain, domain.view("base_loss"), parts, cache))
+        unet = load_unet(config.model)
+        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
+        method = ADAPTATIONS[config.adapt.method]
+        with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
+            result = method(
+                unet, rows, config.adapt, loss, mask=mask, seed=seed, on_step=lambda _, x: bar.advance(1, f"{x:.4f}")
+            )
+        if not state.is_main_process:
+            return None
+        load_pipeline(config.model, unet=unet).save_pretrained(str(out), safe_serialization=True)
+        facts = {
+            "method": config.adapt.method,
+            "mask_sha256": mask.sha256 if mask else None,
+            "trainable_params": result.trainable_params,
+            "optimizer_bytes": result.optimizer_bytes,
+            "seconds": result.seconds,
+            "final_loss": result.losses[-1],
+            "seed": seed,
+        }
+        write_text(out / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _all_general(config: DomainConfig, data: str, classes: tuple[str, ...]) -> DomainConfig:
+    """A user has no halves: all pictures of the chosen classes are training material."""
+    found = sorted({e.cls for e in read_entries(resolve_data(data), config.caption_column, config.class_column)})
+    for cls in classes:
+        if cls not in found:
+            raise RaygardError(f"{data}: no pictures of class '{cls}'{nearest(cls, found)}")
+    roles = {"illegal": (), "legal": (), "general": classes or tuple(found)}
+    return config.model_copy(update={"data": data, **roles})
+
+
+def generate_pictures(
+    model: str, prompts: list[str], out: Path, seed: int, num_inference_steps: int, guidance_scale: float
+) -> list[Path]:
+    """Draw one picture for each prompt into `out` (PNG) with a `metadata.jsonl`; return the paths."""
+    from PIL import Image
+
+    from raygard.diffusion.generate import generate
+    from raygard.diffusion.model import load_pipeline
+
+    pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=model))
+    config = GenerationConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    images = generate(pipeline, prompts, [f"{i}/{prompt}" for i, prompt in enumerate(prompts)], config, seed)
+    paths = []
+    with readable_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            paths.append(out / f"{index:05d}.png")
+            Image.fromarray(image).save(paths[-1])
+        rows = [json.dumps({"file_name": p.name, "text": t}) for p, t in zip(paths, prompts, strict=True)]
+        write_text(out / "metadata.jsonl", "\n".join(rows) + "\n")
+    return paths
+
+
+def score_folders(generated: Path, reference: Path, scorer: str) -> dict[str, Any]:
+    """Mean distance of the pictures in one folder to the pictures in another."""
+    from raygard.scoring import SCORERS
+
+    if scorer not in SCORERS:
+        raise RaygardError(f"unknown scorer '{scorer}'{nearest(scorer, SCORERS)}")
+    judge = SCORERS[scorer]()
+    pictures = [_pictures(folder) for folder in (generated, reference)]
+    distances = judge.distances(pictures[0], judge.embed(pictures[1]))
+    return {
+        "scorer": scorer,
+        "direction": judge.direction,
+        "mean": float(np.mean(distances)),
+        "sd": float(np.std(distances)),
+        "num_generated": len(pictures[0]),
+        "num_reference": len(pictures[1]),
+    }
+
+
+def _pictures(folder: Path) -> np.ndarray:
+    if not folder.is_dir():
+        raise RaygardError(f"no folder at {folder}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise RaygardError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    from PIL import Image
+
+    with Image.open(files[0]) as first:
+        size = min(first.size)
+    return np.stack([read_pixels(path, size) for path in files])

@@ -1,0 +1,142 @@
+"""Run in real processes by test_sharded.py: one rank of a gloo world, several ZeRO stages in turn."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raygard.cluster.engine import cpu_environment
+
+cpu_environment()
+
+from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, alternate  # noqa: E402
+from raygard.bilevel.batches import BatchSource  # noqa: E402
+from raygard.bilevel.optimizer import BilevelOptimizer  # noqa: E402
+from raygard.bilevel.rules import RuleSettings, make_rule  # noqa: E402
+from raygard.bilevel.segments import ShardLayout  # noqa: E402
+from raygard.cluster.engine import ShardedTraining, build  # noqa: E402
+from raygard.config import BilevelConfig, EngineConfig  # noqa: E402
+from raygard.diffusion.cache import load_cache  # noqa: E402
+from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
+from raygard.diffusion.model import load_noise_scheduler, load_unet  # noqa: E402
+
+GLOBAL_BATCH, INNER, ROUNDS = 16, 2, 6
+
+
+def setting(root: Path, user_optimizer: str, seed: int = 0):
+    """Model, batches and optimizer factory shared by the dense reference and the sharded runs."""
+    from raygard.config import ModelConfig
+
+    model = ModelConfig(pretrained_model_name_or_path=str(root / "sd"))
+    unet = load_unet(model).train()
+    pre = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    rng = torch.Generator().manual_seed(7)
+    ft = {name: p + 0.02 * torch.randn(p.shape, generator=rng) for name, p in pre.items()}
+    data = load_cache(next((root / "cache").iterdir()))
+    roles = [[data.rows(cls, "learn_lower") for cls in classes] for classes in (("a", "b"), ("c", "d"))]
+    sources = [BatchSource(data, roles[0], roles[1], GLOBAL_BATCH, seed, stream) for stream in ("lower", "upper")]
+    sizes = torch.tensor([p.numel() for p in pre.values()])
+
+    def factory(params, reduce=None):
+        rule = make_rule("budget", RuleSettings(len(sizes), 0.3, 0.2, 0.05, 0.0, None, seed))
+        lr = 1e-3 if user_optimizer == "adamw" else 1e-2
+        return BilevelOptimizer(params, rule=rule, user_optimizer=user_optimizer, lr=lr, max_grad_norm=1.0, reduce=reduce)
+
+    return unet, DenoiserLoss(unet, DiffusionLoss(load_noise_scheduler(model))), pre, ft, sources, factory
+
+
+def dense(root: Path, user_optimizer: str) -> dict[str, torch.Tensor]:
+    """The plain path: one process, no DeepSpeed."""
+    unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
+    parameters = dict(unet.named_parameters())
+    optimizer = factory(list(parameters.values()))
+    optimizer.bind(list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft)
+    for _ in alternate(PlainEngine(module, optimizer), optimizer, *sources, Schedule(INNER, ROUNDS)):
+        pass
+    return {"logits": optimizer.logits, "theta": torch.cat([p.detach().reshape(-1) for p in parameters.values()])}
+
+
+def sharded(
+    root: Path, stage: int, precision: str, user_optimizer: str, rounds: int = ROUNDS, resume: Path | None = None,
+    save: Path | None = None, accumulation: int = 1,
+) -> dict[str, object]:
+    """One DeepSpeed run on this rank's shard."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
+    engine = EngineConfig(num_workers=world, zero_stage=stage, mixed_precision=precision)
+    bilevel = BilevelConfig(train_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation)
+    training: ShardedTraining = build(unet, module, factory, pre, ft, engine, bilevel)
+    optimizer = training.optimizer
+    first_k = training.load(resume) if resume is not None else 0
+    calls: list[int] = []
+    counted: dict[str, set[int]] = {"user": set(), "publisher": set()}
+    original = dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    step = optimizer.step
+
+    def spying(*args, **kwargs):
+        calls.clear()
+        dist.all_reduce = counting
+        try:
+            step(*args, **kwargs)
+        finally:
+            dist.all_reduce = original
+        counted[optimizer.kind].add(tuple(calls))
+
+    optimizer.step = spying
+    schedule = Schedule(INNER, rounds, accumulation=accumulation, rank=rank, world_size=world)
+    for _ in alternate(training.engine, optimizer, *sources, schedule, first_k=first_k):
+        pass
+    if save is not None:
+        training.save(save, rounds)
+        dist.barrier()
+    return {
+        "logits": optimizer.logits.clone(),
+        "pieces": optimizer.layout.pieces(optimizer.shards()),
+        "theta_d": optimizer.layout.pieces(optimizer.theta_d()),
+        "invariant": optimizer.invariant_error(pre),
+        "collectives": counted,
+    }
+
+
+def main() -> None:
+    rank, world, store, root, plan, out = int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:5]), *sys.argv[5:7]
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world, timeout=timedelta(seconds=300)
+    )
+    results = {}
+    for item in plan.split(","):
+        name, stage, precision, user_optimizer, *rest = item.split(":")
+        stage = int(stage)
+        if rest and rest[0] == "resume":
+            with tempfile.TemporaryDirectory() as own:
+                # Each rank saves into a folder of its own, as under Ray Train, and loads from the merged one.
+                half = sharded(root, stage, precision, user_optimizer, rounds=ROUNDS // 2, save=Path(own))
+                merged = root / f"merged-{name}-{world}"
+                merged.mkdir(exist_ok=True)
+                os.system(f"cp -r {own}/. {merged}/")
+                dist.barrier()
+            results[name] = sharded(root, stage, precision, user_optimizer, resume=merged)
+            results[name]["half"] = half["logits"]
+        else:
+            accumulation = int(rest[0]) if rest else 1
+            results[name] = sharded(root, stage, precision, user_optimizer, accumulation=accumulation)
+    torch.save(results, f"{out}/world{world}-rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Sharded equals dense: real gloo processes, real DeepSpeed engines, ZeRO 0 to 3, worlds 1, 2 and 4."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygard.bilevel.segments import assemble
+from raygard.config import load_config
+from raygard.diffusion.cache import build_cache
+from raygard.domain import load_domain
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).parent / "sharded_worker.py"
+FP32 = ["sgd0:0:no:sgd", "sgd1:1:no:sgd", "sgd2:2:no:sgd", "sgd3:3:no:sgd", "adam2:2:no:adamw", "adam3:3:no:adamw"]
+PLANS = {
+    1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
+    2: [*FP32, "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2", "resume2:2:no:adamw:resume",
+        "resume3:3:no:adamw:resume", "resume1:1:no:adamw:resume"],
+    4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Path:
+    root = tmp_path_factory.mktemp("sharded")
+    tiny_maker(root / "sd")
+    data = imagefolder_maker(root / "data", dict.fromkeys("abcd", 48))
+    names = [f"domain.data={data}", f"model.pretrained_model_name_or_path={root / 'sd'}", "domain.resolution=16"]
+    config = load_config(None, [*names, "domain.illegal=[a,b]", "domain.legal=[c,d]"])
+    parts = [(cls, "learn_lower") for cls in "abcd"]
+    build_cache(config.model, config.domain, load_domain(config.domain).view("learn"), parts, root / "cache")
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[int, list[dict[str, dict]]]:
+    """Run every plan once; `results[world][rank][name]`."""
+    found = {}
+    for world, plan in PLANS.items():
+        store = root / f"store-{world}"
+        command = [sys.executable, str(WORKER)]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank), str(world), str(store), str(root), ",".join(plan), str(root)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=600)[0] for process in ranks]
+        for process, output in zip(ranks, outputs, strict=True):
+            assert process.returncode == 0, output[-4000:]
+        files = [root / f"world{world}-rank{rank}.pt" for rank in range(world)]
+        found[world] = [torch.load(file, weights_only=False) for file in files]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> dict[str, dict[str, torch.Tensor]]:
+    sys.path.insert(0, str(WORKER.parent))
+    import sharded_worker
+
+    torch.set_num_threads(1)
+    return {name: sharded_worker.dense(root, name) for name in ("sgd", "adamw")}
+
+
+def cases(precision: str) -> list[tuple[int, str, str]]:
+    split = [(world, *item.split(":")) for world, plan in PLANS.items() for item in plan]
+    return [(world, name, user) for world, name, _, bits, user, *_ in split if bits == precision]
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no"))
+def test_logits_equal_the_dense_run(results, reference, world: int, name: str, user: str) -> None:
+    for rank in results[world]:
+        torch.testing.assert_close(rank[name]["logits"], reference[user]["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no"))
+def test_weights_equal_the_dense_run(root, results, reference, world: int, name: str, user: str) -> None:
+    from raygard.config import ModelConfig
+    from raygard.diffusion.model import load_unet
+
+    unet = load_unet(ModelConfig(pretrained_model_name_or_path=str(root / "sd")))
+    shapes = {n: tuple(p.shape) for n, p in unet.named_parameters()}
+    theta = assemble([rank[name]["pieces"] for rank in results[world]], shapes)
+    flat = torch.cat([tensor.reshape(-1) for tensor in theta.values()])
+    torch.testing.assert_close(flat, reference[user]["theta"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no") + cases("bf16"))
+def test_logits_are_bitwise_equal_on_all_ranks(results, world: int, name: str, user: str) -> None:
+    first = results[world][0][name]["logits"]
+    assert torch.isfinite(first).all()
+    assert all(torch.equal(rank[name]["logits"], first) for rank in results[world])
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no") + cases("bf16"))
+def test_invariant_holds_at_the_end(results, world: int, name: str, user: str) -> None:
+    assert max(rank[name]["invariant"] for rank in results[world]) < 1e-5
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no") + cases("bf16"))
+def test_one_collective_of_n_numbers_per_publisher_step(results, world: int, name: str, user: str) -> None:
+    for rank in results[world]:
+        num_tensors = len(rank[name]["logits"])
+        replicated = name in ("sgd0", "resume0")
+        assert rank[name]["collectives"]["publisher"] == {() if replicated else (num_tensors,)}
+        # Clipping needs the norm of the whole model: one number.
+        assert rank[name]["collectives"]["user"] == {() if replicated else (1,)}
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("bf16"))
+def test_bf16_follows_the_dense_run(results, reference, world: int, name: str, user: str) -> None:
+    logits, expected = results[world][0][name]["logits"], reference[user]["logits"]
+    correlation = torch.corrcoef(torch.stack([logits, expected]))[0, 1]
+    assert correlation > 0.9
+
+
+@pytest.mark.parametrize(
+    ("world", "resumed", "straight"), [(2, "resume2", "adam2"), (2, "resume3", "adam3"), (1, "resume2", "adam2")]
+)
+def test_resume_is_bitwise_the_straight_run(results, world: int, resumed: str, straight: str) -> None:
+    for rank in results[world]:
+        assert not torch.equal(rank[resumed]["half"], rank[straight]["logits"])
+        assert torch.equal(rank[resumed]["logits"], rank[straight]["logits"])
+        for kind in ("pieces", "theta_d"):
+            for name, (_, values) in rank[straight][kind].items():
+                assert torch.equal(rank[resumed][kind][name][1], values)
