@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raygard.adaptation import get_adaptation
 from raygard.baselines import DEFENCES, choose_frozen
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.cache import build_cache
@@ -29,6 +30,7 @@ from raygard.outcome import build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.rundir import RunDirectory, write_text
+from raygard.scoring import get_scorer
 from raygard.seeding import generator
 from raygard.tracking import RunHandle, Tracker
 
@@ -45,6 +47,8 @@ class Flow:
         """Check the configuration, the domain's pictures and the model before anything long starts."""
         self.config = config
         self.progress = progress or Progress(quiet=True)
+        get_adaptation(config.adapt.method)
+        get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
         self.model_hash = model_fingerprint(config.model, "unet")
         self.dir = RunDirectory(out, config)

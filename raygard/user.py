@@ -33,7 +33,7 @@ def adapt_model(
     """
     from accelerate import PartialState
 
-    from raygard.adaptation import ADAPTATIONS
+    from raygard.adaptation import get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
     from raygard.diffusion.loss import DiffusionLoss
     from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
@@ -50,7 +50,7 @@ def adapt_model(
         rows = load_cache(build_cache(config.model, config.domain, domain.view("base_loss"), parts, cache))
         unet = load_unet(config.model)
         loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
-        method = ADAPTATIONS[config.adapt.method]
+        method = get_adaptation(config.adapt.method)
         with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
             result = method(
                 unet, rows, config.adapt, loss, mask=mask, seed=seed, on_step=lambda _, x: bar.advance(1, f"{x:.4f}")
@@ -106,13 +106,11 @@ def generate_pictures(
 
 def score_folders(generated: Path, reference: Path, scorer: str) -> dict[str, Any]:
     """Mean distance of the pictures in one folder to the pictures in another."""
-    from raygard.scoring import SCORERS
+    from raygard.scoring import get_scorer
 
-    if scorer not in SCORERS:
-        raise RaygardError(f"unknown scorer '{scorer}'{nearest(scorer, SCORERS)}")
-    judge = SCORERS[scorer]()
+    judge = get_scorer(scorer)
     pictures = [_pictures(folder) for folder in (generated, reference)]
-    distances = judge.distances(pictures[0], judge.embed(pictures[1]))
+    distances = judge.distances(judge.embed(pictures[0]), judge.embed(pictures[1]))
     return {
         "scorer": scorer,
         "direction": judge.direction,

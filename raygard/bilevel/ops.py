@@ -16,6 +16,8 @@ from torch import Tensor
 from raygard.bilevel.segments import Segment
 
 LARGE = 1 << 15
+# Below this a reduction by segments beats a dot product for each tensor; above it the dot product is vectorised.
+TINY = 1 << 10
 # A float32 dot product adds up at most this many elements before its result goes to float64.
 CHUNK = 1 << 18
 
@@ -36,7 +38,8 @@ class SegmentOps:
     def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
         self.num_tensors = num_tensors
         self.segments = tuple(segments)
-        self.runs = [Run(g[0].shard_start, g[-1].shard_start + g[-1].length, *_tables(g, device)) for g in _group(segments)]
+        self.runs = [_run(group, device) for group in _group(segments, LARGE)]
+        self._dots = [_run(group, device) for group in _group(segments, TINY)]
         inside = torch.zeros(num_elements, dtype=torch.bool)
         for s in segments:
             inside[s.shard_start : s.shard_start + s.length] = True
@@ -68,7 +71,7 @@ class SegmentOps:
         """s_i = sum over my elements of tensor i of left * right: float64 (N,) on the shard's device (Eq 12)."""
         sums = torch.zeros(self.num_tensors, dtype=torch.float64, device=left.device)
         large, large_sums = [], []
-        for run in self.runs:
+        for run in self._dots:
             a, b = left[run.start : run.stop], right[run.start : run.stop]
             if len(run.tensors) == 1:
                 dots = [torch.dot(x, y) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
@@ -86,14 +89,15 @@ class SegmentOps:
             shard[self.padding] = 0
 
 
-def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
+def _group(segments: Sequence[Segment], limit: int) -> list[list[Segment]]:
+    """Neighbours shorter than `limit` together, every other segment alone."""
     groups: list[list[Segment]] = []
     for segment in segments:
         last = groups[-1][-1] if groups else None
         joins = (
             last is not None
-            and segment.length < LARGE
-            and last.length < LARGE
+            and segment.length < limit
+            and last.length < limit
             and last.shard_start + last.length == segment.shard_start
         )
         if joins:
@@ -103,6 +107,7 @@ def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
     return groups
 
 
-def _tables(group: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]:
+def _run(group: Sequence[Segment], device: torch.device) -> Run:
     tensors = torch.tensor([s.tensor for s in group])
-    return tensors, torch.tensor([s.length for s in group], device=device)
+    lengths = torch.tensor([s.length for s in group], device=device)
+    return Run(group[0].shard_start, group[-1].shard_start + group[-1].length, tensors, lengths)

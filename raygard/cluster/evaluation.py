@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raygard.adaptation import ADAPTATIONS
+from raygard.adaptation import get_adaptation
 from raygard.cluster.errors import user_mistake
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
@@ -30,7 +30,7 @@ from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
 from raygard.rundir import write_text
-from raygard.scoring import SCORERS
+from raygard.scoring import get_scorer
 
 MAX_RETRIES = 3
 
@@ -124,7 +124,7 @@ def run_job(job_dict: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         data = _cache(inputs.cache)
         loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
-        adapt = ADAPTATIONS[config.adapt.method]
+        adapt = get_adaptation(config.adapt.method)
         rows = data.subset(data.rows(job.cls, inputs.adapt_part))
         result = adapt(unet, rows, config.adapt, loss, mask=mask, seed=job.seed)
         seconds["adapt"] = time.monotonic() - started
@@ -138,7 +138,8 @@ def run_job(job_dict: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     images = generate(pipeline, captions, keys, config.generation, config.seed)
     seconds["generate"] = time.monotonic() - started
     started = time.monotonic()
-    distances = _scorer(config.evaluation.scorer).distances(images, embeddings)
+    scorer = _scorer(config.evaluation.scorer)
+    distances = scorer.distances(scorer.embed(images), embeddings)
     seconds["score"] = time.monotonic() - started
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +223,7 @@ def _cache(path: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _scorer(name: str) -> Any:
-    return SCORERS[name]()
+    return get_scorer(name)
 
 
 @functools.lru_cache(maxsize=64)

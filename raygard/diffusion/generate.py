@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def generate(
     """
     if len(captions) != len(keys):
         raise RaygardError(f"{len(captions)} captions, but {len(keys)} keys")
-    sampler: Any = pipeline
+    sampler = cast(Any, pipeline)
     sampler.unet.eval()
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, len(captions), config.batch_size):

@@ -6,7 +6,7 @@ Shape letters: B batch, C latent channels, H, W latent sides, L tokens, D text f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class DiffusionLoss:
         self, scheduler: DDPMScheduler, prediction_type: str | None = None, snr_gamma: float | None = None
     ) -> None:
         # diffusers' classes reach a type checker as placeholders without attributes.
-        self.scheduler: Any = scheduler
+        self.scheduler = cast(Any, scheduler)
         self.prediction_type = prediction_type or self.scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
             raise RaygardError(

@@ -117,7 +117,9 @@ def test_learning_rate_schedule_is_followed(tiny_model: ModelConfig) -> None:
     unet, _ = adapted(tiny_model, still)
     for name, parameter in unet.named_parameters():
         torch.testing.assert_close(parameter, base[name], rtol=0, atol=1e-9)
-    with pytest.raises(RaygardError, match="unknown adapt.lr_scheduler 'constnat'; did you mean 'constant'"):
+    with pytest.raises(
+        RaygardError, match=r"unknown adapt\.lr_scheduler 'constnat'; did you mean 'constant'"
+    ):
         adapted(tiny_model, SETTINGS.model_copy(update={"lr_scheduler": "constnat"}))
 
 
@@ -157,8 +159,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_model: ModelConfig, t
         port = probe.getsockname()[1]
     root = str(Path(raygard.__file__).parents[1])
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), str(script),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", str(port), str(script),
         tiny_model.pretrained_model_name_or_path, str(out), str(Path(__file__).parent),
     ]  # fmt: skip
     # The launcher starts several processes for GPUs only; Accelerator falls back to the CPU in each of them.

@@ -55,7 +55,8 @@ def test_parts_are_disjoint_complete_and_of_the_exact_sizes(imagefolder: Maker) 
         assert len(found) == len(set(found)) == total
         assert domain.counts()[cls] == part_sizes(total, settings)
     assert part_sizes(24, settings) == {
-        "learn_lower": 4, "learn_upper": 2, "select_adapt": 3, "select_reference": 3, "adapt": 6, "reference": 6,
+        "learn_lower": 4, "learn_upper": 2, "select_adapt": 3, "select_reference": 3,
+        "adapt": 6, "reference": 6,
     }  # fmt: skip
 
 

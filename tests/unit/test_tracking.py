@@ -111,7 +111,7 @@ def test_dead_server_neither_stops_nor_delays_and_can_be_synced(tmp_path, dead_u
     started = time.monotonic()
     tracker = Tracker.open(TrackingConfig(tracking_uri=dead_uri), tmp_path, "demo")
     log_everything(tracker, tmp_path)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert not tracker.connected
     failures = [r for r in caplog.records if "tracking failed" in r.getMessage()]
     assert len(failures) == 1
@@ -189,7 +189,7 @@ def test_store_that_hangs_is_given_up(tmp_path):
             TrackingConfig(tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path, "demo"
         )
         tracker.start().metrics({"loss": 1.0}, 0)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
     assert not tracker.connected and (tmp_path / SPOOL).exists()
 
 
