@@ -12,6 +12,7 @@ and of copying the same bytes once: where the flat version is close to that, mem
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -43,7 +44,9 @@ def timed(run: Callable[[], Any], repeats: int, device: str) -> float:
     return statistics.median(times[2:])
 
 
-def flat_version(sizes: list[int], pre: Tensor, ft: Tensor, device: str) -> tuple[BilevelOptimizer, torch.nn.Parameter]:
+def flat_version(
+    sizes: list[int], pre: Tensor, ft: Tensor, device: str
+) -> tuple[BilevelOptimizer, torch.nn.Parameter]:
     """raygard's optimizer on one flat shard, as under ZeRO-1/2 with one process."""
     names = {f"t{i}": size for i, size in enumerate(sizes)}
     offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
@@ -51,7 +54,9 @@ def flat_version(sizes: list[int], pre: Tensor, ft: Tensor, device: str) -> tupl
     shard = torch.nn.Parameter(torch.empty(sum(sizes), device=device))
     rule = make_rule("budget", RuleSettings(len(sizes), RATIO, TEMPERATURE, 0.05, 0.0, None, 0))
     optimizer = BilevelOptimizer([shard], rule=rule, user_optimizer="sgd", lr=LR)
-    split = {name: dict(zip(names, flat.split(sizes), strict=True)) for name, flat in (("pre", pre), ("ft", ft))}
+    split = {
+        name: dict(zip(names, flat.split(sizes), strict=True)) for name, flat in (("pre", pre), ("ft", ft))
+    }
     optimizer.bind([shard], layout, split["pre"], split["ft"])
     return optimizer, shard
 
@@ -63,8 +68,12 @@ class LoopVersion:
         self.rule = make_rule("budget", RuleSettings(len(sizes), RATIO, TEMPERATURE, 0.05, 0.0, None, 0))
         self.state = self.rule.initial()
         m = self.rule.soft(self.state).float()
-        self.theta_d = {i: (a - b).clone() for i, (a, b) in enumerate(zip(pre.split(sizes), ft.split(sizes), strict=True))}
-        self.theta = {i: (a - (1 - m[i].to(a)) * self.theta_d[i]).clone() for i, a in enumerate(pre.split(sizes))}
+        self.theta_d = {
+            i: (a - b).clone() for i, (a, b) in enumerate(zip(pre.split(sizes), ft.split(sizes), strict=True))
+        }
+        self.theta = {
+            i: (a - (1 - m[i].to(a)) * self.theta_d[i]).clone() for i, a in enumerate(pre.split(sizes))
+        }
 
     def user(self, grads: list[Tensor]) -> None:
         for i in self.theta:
@@ -115,7 +124,7 @@ def compare(name: str, sizes: list[int], repeats: int, device: str) -> dict[str,
     result: dict[str, Any] = {"model": name, "num_tensors": len(sizes), "num_params": total, "max_gap": gap}
     for kind, looped in (("user", loop.user), ("publisher", loop.publisher)):
         flat_s = timed(flat_step(kind), repeats, device)
-        loop_s = timed(lambda looped=looped: looped(pieces), repeats, device)
+        loop_s = timed(functools.partial(looped, pieces), repeats, device)
         result[kind] = {
             "flat_ms": 1e3 * flat_s,
             "loop_ms": 1e3 * loop_s,
@@ -160,7 +169,9 @@ def sd21_sizes(scale: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--scale", type=int, default=None, help="divides SD 2.1's sizes; default 1 on a GPU, 16 on a CPU")
+    parser.add_argument(
+        "--scale", type=int, default=None, help="divides SD 2.1's sizes; default 1 on a GPU, 16 on a CPU"
+    )
     parser.add_argument("--batch", type=int, default=8, help="pictures per worker and step, bundled model")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -179,7 +190,9 @@ def main() -> None:
     ]
     print(f"{platform.processor() or platform.machine()}, {device}, torch {torch.__version__}, 1 thread")
     print(f"bundled model, forward + backward, batch {args.batch}: {1e3 * step:.1f} ms\n")
-    print(f"{'model':22} {'step':10} {'flat ms':>9} {'loop ms':>9} {'faster':>7} {'copy limit ms':>14} {'of limit':>9}")
+    print(
+        f"{'model':22} {'step':10} {'flat ms':>9} {'loop ms':>9} {'faster':>7} {'copy limit ms':>14} {'of limit':>9}"
+    )
     for result in results:
         for kind in ("user", "publisher"):
             row = result[kind]
@@ -193,7 +206,12 @@ def main() -> None:
         print(f"bundled model: {kind} bookkeeping is {share:.1%} of a {kind} step")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"device": device, "torch": torch.__version__, "forward_backward_s": step, "results": results}
+        document = {
+            "device": device,
+            "torch": torch.__version__,
+            "forward_backward_s": step,
+            "results": results,
+        }
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,12 +34,22 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. one of jobs/configs/.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="diffusers directory or hub id.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")]
-StageOption = Annotated[int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")
+]
+StageOption = Annotated[
+    int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
@@ -84,7 +94,9 @@ def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
 
 
 @app.command()
-def demo(out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None, quiet: QuietOption = False) -> None:
+def demo(
+    out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None, quiet: QuietOption = False
+) -> None:
     """The whole flow on the bundled model and domain, on two CPU cores, in minutes.
 
     Relearns, learns a mask with two Ray Train workers under DeepSpeed ZeRO-2, lets simulated users adapt to every
@@ -160,7 +172,9 @@ def adapt(
     out: Annotated[Path, typer.Option("--out", help="Folder for the fine-tuned pipeline.")],
     model: Annotated[str, typer.Option("--model", help="diffusers directory or hub id.")] = "zoo:tiny-sd",
     mask: Annotated[Path | None, typer.Option("--mask", help="Freeze mask to respect.")] = None,
-    cls: Annotated[list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")] = None,
+    cls: Annotated[
+        list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")
+    ] = None,
     config: ConfigOption = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and noise.")] = 0,
     overrides: OverridesArgument = None,
@@ -216,7 +230,9 @@ def score(
 
 @app.command()
 def audit(
-    base: Annotated[Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")],
+    base: Annotated[
+        Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")
+    ],
     model: Annotated[Path, typer.Option("--model", help="The fine-tuned model.")],
     mask: Annotated[Path, typer.Option("--mask", help="The released freeze mask.")],
     as_json: JsonOption = False,
@@ -234,7 +250,9 @@ def audit(
         dtypes = ", ".join(report.compared_dtypes)
         print(f"{report.num_frozen} frozen of {report.num_tensors} tensors, compared bit for bit as {dtypes}")
         for moved in report.moved:
-            print(f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}")
+            print(
+                f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}"
+            )
         print("the mask was kept" if report.ok else f"{len(report.moved)} frozen tensors were moved")
     if not report.ok:
         raise typer.Exit(EXIT_MOVED)
@@ -257,6 +275,23 @@ def track(
     from raygard.tracking import sync
 
     print(f"{sync(run_dir, tracking_uri)} records sent")
+
+
+@app.command()
+def config(
+    config: ConfigOption = None,
+    overrides: OverridesArgument = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Every key with default and meaning.")] = False,
+) -> None:
+    """Print the resolved configuration as YAML, or the reference of all keys."""
+    import yaml
+
+    from raygard.config import reference_markdown
+
+    if reference:
+        print(reference_markdown(), end="")
+    else:
+        print(yaml.safe_dump(_config(config, overrides).model_dump(mode="json"), sort_keys=False), end="")
 
 
 @app.command()
@@ -283,7 +318,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            _fail(" ".join(getattr(error, "format_message", lambda: str(error))().split()))
+            describe = getattr(error, "format_message", None)
+            _fail(" ".join((describe() if describe else str(error)).split()))
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -298,6 +334,9 @@ def _quieten() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("raygard").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -12,12 +12,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raygard.errors import RaygardError, nearest
+
+# YAML 1.1 reads an unquoted `no` as false.
+UNQUOTED_NO = BeforeValidator(lambda value: "no" if value is False else value)
 
 
 class Section(BaseModel):
@@ -101,7 +112,10 @@ class MaskConfig(Section):
 
 
 class RelearnConfig(Section):
-    """Full fine-tuning of the base on illegal and legal pictures: theta_pre -> theta_ft."""
+    """Full fine-tuning of the base on illegal and legal pictures with AdamW: theta_pre -> theta_ft.
+
+    Batch size, moments, weight decay and clipping are those of `bilevel`.
+    """
 
     max_train_steps: int = Field(200, ge=1)
     learning_rate: float = Field(1e-5, gt=0)
@@ -131,7 +145,7 @@ class EngineConfig(Section):
 
     num_workers: int = Field(1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16"], UNQUOTED_NO] = "no"
     use_gpu: bool = False
     cpus_per_worker: float = Field(1.0, gt=0)
     torch_threads: int = Field(1, ge=1)
@@ -155,10 +169,12 @@ class AdaptConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     adam_weight_decay: float = Field(1e-2, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    lr_scheduler: str = "constant"
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
     snr_gamma: float | None = Field(None, gt=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], UNQUOTED_NO] = "no"
 
 
 class GenerationConfig(Section):
@@ -182,6 +198,14 @@ class EvaluationConfig(Section):
     bootstrap_samples: int = Field(2000, ge=100)
     cpus_per_job: float = Field(1.0, gt=0)
     gpus_per_job: float = Field(0.0, ge=0)
+
+    @field_validator("defences", "mask_seeds", "adaptation_seeds")
+    @classmethod
+    def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        repeated = [value for index, value in enumerate(values) if value in values[:index]]
+        if repeated:
+            raise ValueError(f"names {repeated[0]!r} twice; once is enough")
+        return values
 
     @field_validator("defences")
     @classmethod
@@ -253,6 +277,32 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return flat
 
 
+def reference_markdown() -> str:
+    """All keys with type, default and meaning, as Markdown (`docs/configuration.md`)."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Written by `raygard config --reference`. Any key can be given in YAML or as a dotted override.",
+    ]
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            lines += ["", f"`{name}` (default `{field.default}`): decides every random draw of the run."]
+            continue
+        lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, item in section.model_fields.items():
+            kind = item.annotation.__name__ if isinstance(item.annotation, type) else str(item.annotation)
+            kind = kind.replace("typing.", "").replace("|", "\\|")
+            default = json.dumps(item.default)
+            lines.append(f"| `{name}.{key}` | {kind} | `{default}` | {item.description or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+# Besides YAMLError, PyYAML lets through what dates, very long integers and deep nesting raise.
+UNREADABLE = (OSError, ValueError, yaml.YAMLError, RecursionError)
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply dotted overrides such as `mask.freeze_ratio=0.5` (values are YAML).
 
@@ -264,9 +314,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         source = str(path)
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RaygardError(f"cannot read configuration {path}: {str(error).splitlines()[0]}") from None
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except UNREADABLE as error:
+            raise RaygardError(f"cannot read configuration {path}: {_yaml_problem(error)}") from None
+        data = {} if data is None else data
         if not isinstance(data, dict):
             raise RaygardError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
     for override in overrides:
@@ -280,17 +331,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise RaygardError(f"override '{override}' is not of the form key=value, e.g. mask.freeze_ratio=0.5")
+        raise RaygardError(f"{_short(override)} is not of the form key=value, e.g. mask.freeze_ratio=0.5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RaygardError(f"override '{override}': the value is not valid YAML") from None
+    except UNREADABLE as error:
+        raise RaygardError(
+            f"override {_short(override)}: the value is not valid YAML ({_yaml_problem(error)})"
+        ) from None
     *parents, last = key.strip().split(".")
     node = data
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise RaygardError(f"override '{override}': '{parent}' is not a section")
+            raise RaygardError(f"override {_short(override)}: {_short(parent)} is not a section")
         node = child
     node[last] = value
 
@@ -298,15 +351,30 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
-    dotted = ".".join(names)
+    dotted = " ".join(".".join(names).split())[:100]
     kind = first["type"]
     if kind == "extra_forbidden":
         section: Any = RunConfig
         for name in names[:-1]:
             section = section.model_fields[name].annotation
         known = {".".join([*names[:-1], field]) for field in section.model_fields}
-        return f"unknown key '{dotted}'{nearest(dotted, known)}"
-    message = first["msg"].removeprefix("Value error, ")
+        elsewhere = {key for key in flatten(RunConfig()) if key.rpartition(".")[2] == names[-1]}
+        return f"unknown key '{dotted}'{nearest(dotted, elsewhere or known)}"
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if kind == "value_error":
         return f"{dotted}: {message}" if len(names) > 1 else message
-    return f"{dotted}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    if kind == "tuple_type":
+        message = "needs a list such as [a, b]"
+    return f"{dotted}: {message[0].lower()}{message[1:]}, got {_short(first['input'])}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return where + " ".join(str(problem).split())[:200]

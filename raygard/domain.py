@@ -35,6 +35,7 @@ STAGE_READS: Mapping[str, frozenset[str]] = {
     "base_loss": frozenset({GENERAL}),
     "select": frozenset({"select_adapt", "select_reference"}),
     "evaluate": frozenset({"adapt", "reference"}),
+    "user": frozenset({GENERAL}),
 }
 
 

@@ -23,13 +23,14 @@ from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import load_unet, model_fingerprint
 from raygard.domain import Domain, load_domain
-from raygard.imagefolder import read_pixels
 from raygard.errors import RaygardError
+from raygard.files import write_text
+from raygard.imagefolder import read_pixels
 from raygard.mask import FreezeMask, select_frozen
 from raygard.outcome import build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
-from raygard.rundir import RunDirectory, write_text
+from raygard.rundir import RunDirectory
 from raygard.scoring import get_scorer
 from raygard.seeding import generator
 from raygard.tracking import RunHandle, Tracker
@@ -53,7 +54,9 @@ class Flow:
         self.model_hash = model_fingerprint(config.model, "unet")
         self.dir = RunDirectory(out, config)
         self.dir.note(domain_counts=self.domain.counts(), model_sha256=self.model_hash)
-        self.tracker = Tracker.open(config.tracking, self.dir.path, f"{config.domain.name}-{config_hash(config)}")
+        self.tracker = Tracker.open(
+            config.tracking, self.dir.path, f"{config.domain.name}-{config_hash(config)}"
+        )
         self.parent: RunHandle = self.tracker.start(tags={"raygard.domain": config.domain.name})
         self.parent.params({**flatten(config), "config_hash": config_hash(config)})
 
@@ -77,7 +80,12 @@ class Flow:
                     self.progress.bar("relearn", config.relearn.max_train_steps) as bar,
                     self.tracker.start("relearn", parent=self.parent) as run,
                 ):
-                    relearn(config, self.learn_cache, folder, on_row=lambda row: self._on_row(run, bar, row, "relearn"))
+                    relearn(
+                        config,
+                        self.learn_cache,
+                        folder,
+                        on_row=lambda row: self._on_row(run, bar, row, "relearn"),
+                    )
             return folder / "relearned.safetensors"
 
     def learn(self, mask_seed: int) -> FreezeMask:
@@ -167,9 +175,13 @@ class Flow:
         for run in runs.values():
             run.finish()
         if not all(result["audit_ok"] in (True, None) for result in results):
-            raise RaygardError("a frozen tensor moved during an adaptation: this is a defect of raygard, please report it")
+            raise RaygardError(
+                "a frozen tensor moved during an adaptation: this is a defect of raygard, please report it"
+            )
         base_loss = self._base_loss(base_loss_task)
-        outcome = build_outcome(results, config, dict.fromkeys(config.evaluation.defences, base_loss))
+        # None of these defences edits values, so the release is the base under each of them.
+        losses = {} if base_loss is None else dict.fromkeys(config.evaluation.defences, base_loss)
+        outcome = build_outcome(results, config, losses)
         write_text(self.dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")
         self._track_outcome(outcome)
         return outcome
@@ -198,10 +210,17 @@ class Flow:
         found["domain"] = config.domain.model_dump(mode="json", exclude={"legal_budget"})
         for section in sections:
             if section == "bilevel_user":
-                exclude = {"publisher_steps", "inner_steps", "user_lr", "illegal_weight", "legal_weight"}
+                exclude = {"publisher_steps", "inner_steps", "user_optimizer", "user_lr"}
+                exclude |= {"illegal_weight", "legal_weight"}
                 found[section] = config.bilevel.model_dump(mode="json", exclude=exclude)
             elif section == "engine":
-                exclude = {"max_failures", "checkpoints_total_limit", "timeout_s", "cpus_per_worker", "torch_threads"}
+                exclude = {
+                    "max_failures",
+                    "checkpoints_total_limit",
+                    "timeout_s",
+                    "cpus_per_worker",
+                    "torch_threads",
+                }
                 found[section] = config.engine.model_dump(mode="json", exclude=exclude)
             else:
                 found[section] = getattr(config, section).model_dump(mode="json")
@@ -221,10 +240,12 @@ class Flow:
         size = self.config.domain.resolution
         for index, cls in enumerate(classes):
             pictures = view.pictures(cls, part)
-            arrays[str(index)] = np.stack([read_pixels(picture.path, size, self.config.domain.center_crop) for picture in pictures])
+            arrays[str(index)] = np.stack(
+                [read_pixels(picture.path, size, self.config.domain.center_crop) for picture in pictures]
+            )
             captions[cls] = [picture.caption for picture in pictures]
         path = folder / "references.npz"
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, allow_pickle=False, **arrays)
         write_text(path.with_suffix(".json"), json.dumps({"classes": list(classes), "captions": captions}))
         return path
 
@@ -240,7 +261,11 @@ class Flow:
                 rng = generator(config.seed, "defence", name, draw)
                 frozen = choose_frozen(name, learned.sizes, learned.frozen, rng)
                 mask = FreezeMask.create(
-                    unet, frozen, base_model=learned.base_model, domain=learned.domain, config_hash=learned.config_hash
+                    unet,
+                    frozen,
+                    base_model=learned.base_model,
+                    domain=learned.domain,
+                    config_hash=learned.config_hash,
                 )
                 paths[name, draw] = str(mask.save(folder / f"{name}-{draw}"))
         return paths
@@ -281,7 +306,9 @@ class Flow:
         bar.advance(1, f"illegal {row['illegal_loss']:.4f}  legal {row['legal_loss']:.4f}")
         prefix = "" if what == "relearn" else f"{row['kind']}_"
         values = {f"{prefix}{k}": v for k, v in row.items() if k.endswith("_loss")}
-        values |= {k: v for k, v in row.items() if k not in ("kind", "k", "l", "step") and not k.endswith("_loss")}
+        values |= {
+            k: v for k, v in row.items() if k not in ("kind", "k", "l", "step") and not k.endswith("_loss")
+        }
         run.metrics(values, step=row["step"])
 
     def _track_job(self, runs: dict[str, RunHandle], result: dict[str, Any]) -> None:
@@ -289,14 +316,24 @@ class Flow:
         if defence not in runs:
             runs[defence] = self.tracker.start(f"defence-{defence}", parent=self.parent)
         with self.tracker.start(result["job_id"], parent=runs[defence]) as run:
-            keys = ("class", "role", "defence", "adaptation", "scorer", "draw", "mask_seed", "seed", "mask_sha256")
+            keys = (
+                "class",
+                "role",
+                "defence",
+                "adaptation",
+                "scorer",
+                "draw",
+                "mask_seed",
+                "seed",
+                "mask_sha256",
+            )
             run.params({key: result[key] for key in keys})
             for step, value in enumerate(result["losses"]):
                 if step % 10 == 0 or step == len(result["losses"]) - 1:
                     run.metrics({"loss": value}, step=step)
             seconds = {f"{name}_seconds": value for name, value in result["seconds"].items()}
-            keys = ("distance", "freeze_ratio", "param_share", "trainable_params", "optimizer_bytes")
-            run.metrics({**{key: result[key] for key in keys}, **seconds}, step=len(result["losses"]))
+            numbers = ("distance", "freeze_ratio", "param_share", "trainable_params", "optimizer_bytes")
+            run.metrics({**{key: result[key] for key in numbers}, **seconds}, step=len(result["losses"]))
 
     def _track_outcome(self, outcome: dict[str, Any]) -> None:
         for entry in outcome["summary"]:
@@ -324,4 +361,3 @@ def _half(config: RunConfig) -> tuple[str, str, str]:
     if config.evaluation.half == "user":
         return "evaluate", "adapt", "reference"
     return "select", "select_adapt", "select_reference"
-

@@ -6,10 +6,8 @@ Train can go on from its checkpoints; a stage whose inputs changed starts from a
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -22,8 +20,9 @@ from typing import Any
 import yaml
 
 import raygard
-from raygard.config import RunConfig, config_hash, flatten
+from raygard.config import UNREADABLE, RunConfig, config_hash, flatten
 from raygard.errors import RaygardError
+from raygard.files import readable_disk_errors, write_text
 
 SUCCESS, INPUTS = "_SUCCESS.json", "_inputs.json"
 VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
@@ -41,17 +40,17 @@ class RunDirectory:
         self.path = Path(path).resolve()
         self.config = config
         existing = self.path / "config.yaml"
-        if existing.exists():
-            _refuse_other_config(existing, config)
-        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-            raise RaygardError(f"{self.path} is not empty and is not a raygard run; choose another --out")
         with readable_disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
+            if existing.exists():
+                _refuse_other_config(existing, config)
+            elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+                raise RaygardError(f"{self.path} is not empty and is not a raygard run; choose another --out")
+            free = shutil.disk_usage(_existing(self.path)).free
             if free < MIN_FREE_BYTES:
                 raise RaygardError(
                     f"{self.path}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
                 )
+            self.path.mkdir(parents=True, exist_ok=True)
             write_text(existing, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             self._info = self._read_info()
             self.note(
@@ -81,53 +80,29 @@ class RunDirectory:
             yield folder, True
             return
         begun = _read_json(folder / INPUTS)
-        if folder.exists() and (begun is None or begun.get("inputs") != digest):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / INPUTS, json.dumps({"inputs": digest}))
         started = time.monotonic()
         with readable_disk_errors(folder):
+            # Marks go first: a folder that is only half removed must not look finished or resumable later.
+            (folder / SUCCESS).unlink(missing_ok=True)
+            if folder.exists() and (begun is None or begun.get("inputs") != digest):
+                (folder / INPUTS).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / INPUTS, json.dumps({"inputs": digest}))
             yield folder, False
             seconds = round(time.monotonic() - started, 2)
             write_text(folder / SUCCESS, json.dumps({"inputs": digest, "seconds": seconds}))
-        self.note(seconds={**self._info.get("seconds", {}), name: seconds})
+            self.note(seconds={**self._info.get("seconds", {}), name: seconds})
 
     def _read_info(self) -> dict[str, Any]:
         found = _read_json(self.path / "run.json")
         return found if found is not None else {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-@contextmanager
-def readable_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RaygardError(
-                f"no space left while writing {path}; free some and run the same command again "
-                "(finished stages are kept)"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise RaygardError(f"cannot write to {path}: {error.strerror}") from None
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old text or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def _refuse_other_config(path: Path, config: RunConfig) -> None:
     try:
         before = flatten(RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (ValueError, yaml.YAMLError):
+    except UNREADABLE:
         raise RaygardError(f"{path} is damaged or of another raygard version; choose another --out") from None
     now = flatten(config)
     for key, value in now.items():
@@ -140,9 +115,14 @@ def _refuse_other_config(path: Path, config: RunConfig) -> None:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _versions() -> dict[str, str]:

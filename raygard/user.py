@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from raygard.config import DomainConfig, GenerationConfig, ModelConfig, RunConfig
+from raygard.config import DomainConfig, ModelConfig, RunConfig, load_config
 from raygard.errors import RaygardError, nearest
-from raygard.imagefolder import SUFFIXES, read_entries, read_pixels, resolve_data
+from raygard.files import readable_disk_errors, write_text
+from raygard.imagefolder import SUFFIXES, read_entries, read_picture, read_pixels, resolve_data
 from raygard.progress import Progress
-from raygard.rundir import readable_disk_errors, write_text
 
 
 def adapt_model(
@@ -40,24 +40,35 @@ def adapt_model(
     from raygard.domain import load_domain
     from raygard.mask import FreezeMask
 
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise RaygardError(f"{out} is not empty; choose another --out")
+    _refuse_filled(out)
     mask = FreezeMask.load(mask_path) if mask_path is not None else None
     domain = load_domain(_all_general(config.domain, str(data), classes))
     parts = [(cls, "general") for cls in domain.general]
     state = PartialState()
     with readable_disk_errors(out), tempfile.TemporaryDirectory(prefix="raygard-") as cache:
-        rows = load_cache(build_cache(config.model, config.domain, domain.view("base_loss"), parts, cache))
+        out.parent.mkdir(parents=True, exist_ok=True)
         unet = load_unet(config.model)
-        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
+        if mask is not None:
+            mask.check_model({name: tuple(parameter.shape) for name, parameter in unet.named_parameters()})
+        rows = load_cache(build_cache(config.model, config.domain, domain.view("user"), parts, cache))
+        loss = DiffusionLoss(
+            load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma
+        )
         method = get_adaptation(config.adapt.method)
-        with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
+        with Progress(quiet or not state.is_main_process).bar(
+            "fine-tune", config.adapt.max_train_steps
+        ) as bar:
             result = method(
-                unet, rows, config.adapt, loss, mask=mask, seed=seed, on_step=lambda _, x: bar.advance(1, f"{x:.4f}")
+                unet,
+                rows,
+                config.adapt,
+                loss,
+                mask=mask,
+                seed=seed,
+                on_step=lambda _, x: bar.advance(1, f"{x:.4f}"),
             )
         if not state.is_main_process:
             return None
-        load_pipeline(config.model, unet=unet).save_pretrained(str(out), safe_serialization=True)
         facts = {
             "method": config.adapt.method,
             "mask_sha256": mask.sha256 if mask else None,
@@ -67,31 +78,50 @@ def adapt_model(
             "final_loss": result.losses[-1],
             "seed": seed,
         }
-        write_text(out / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
+        pipeline = load_pipeline(config.model, unet=unet)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+            whole = Path(scratch) / "pipeline"
+            pipeline.save_pretrained(str(whole), safe_serialization=True)
+            write_text(whole / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
+            whole.rename(out)
     return facts
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RaygardError(f"{out} is not empty; choose another --out")
 
 
 def _all_general(config: DomainConfig, data: str, classes: tuple[str, ...]) -> DomainConfig:
     """A user has no halves: all pictures of the chosen classes are training material."""
-    found = sorted({e.cls for e in read_entries(resolve_data(data), config.caption_column, config.class_column)})
+    found = sorted(
+        {e.cls for e in read_entries(resolve_data(data), config.caption_column, config.class_column)}
+    )
     for cls in classes:
         if cls not in found:
             raise RaygardError(f"{data}: no pictures of class '{cls}'{nearest(cls, found)}")
-    roles = {"illegal": (), "legal": (), "general": classes or tuple(found)}
+    roles = {"illegal": (), "legal": (), "general": tuple(dict.fromkeys(classes)) or tuple(found)}
     return config.model_copy(update={"data": data, **roles})
 
 
 def generate_pictures(
     model: str, prompts: list[str], out: Path, seed: int, num_inference_steps: int, guidance_scale: float
 ) -> list[Path]:
-    """Draw one picture for each prompt into `out` (PNG) with a `metadata.jsonl`; return the paths."""
+    """Draw one picture for each prompt into `out` (PNG) with a `metadata.jsonl`; return the paths.
+
+    Raises RaygardError for a model that cannot be loaded, values out of range, or an `out` that is not empty.
+    """
     from PIL import Image
 
     from raygard.diffusion.generate import generate
     from raygard.diffusion.model import load_pipeline
 
+    _refuse_filled(out)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise RaygardError("nothing to draw: give at least one caption, and no empty ones")
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    config = load_config(None, [f"generation.{key}={value}" for key, value in settings.items()]).generation
     pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=model))
-    config = GenerationConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     images = generate(pipeline, prompts, [f"{i}/{prompt}" for i, prompt in enumerate(prompts)], config, seed)
     paths = []
     with readable_disk_errors(out):
@@ -105,7 +135,10 @@ def generate_pictures(
 
 
 def score_folders(generated: Path, reference: Path, scorer: str) -> dict[str, Any]:
-    """Mean distance of the pictures in one folder to the pictures in another."""
+    """Mean distance of the pictures in one folder to the pictures in another.
+
+    Raises RaygardError for an unknown scorer, a folder without pictures, or a picture that cannot be read.
+    """
     from raygard.scoring import get_scorer
 
     judge = get_scorer(scorer)
@@ -127,8 +160,5 @@ def _pictures(folder: Path) -> np.ndarray:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise RaygardError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    from PIL import Image
-
-    with Image.open(files[0]) as first:
-        size = min(first.size)
+    size = min(read_picture(files[0]).size)
     return np.stack([read_pixels(path, size) for path in files])

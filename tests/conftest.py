@@ -105,3 +105,6 @@ def tiny_maker() -> Maker:
 @pytest.fixture(scope="session")
 def imagefolder_maker() -> Maker:
     return make_imagefolder
+
+
+pytest_plugins = ["tests.ray_fixtures"]

@@ -5,7 +5,7 @@ The same loop drives one process (`PlainEngine`) and DeepSpeed (its engine has t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,16 +19,22 @@ from raygard.errors import RaygardError
 
 
 class DenoiserLoss(nn.Module):
-    """A denoiser with its training loss, so that an engine wraps one module with one forward."""
+    """A denoiser with its training loss, so that an engine wraps one module with one forward.
 
-    def __init__(self, denoiser: nn.Module, loss: DiffusionLoss) -> None:
+    autocast: run float32 weights in this dtype; for engines that do not convert the weights themselves.
+    """
+
+    def __init__(self, denoiser: nn.Module, loss: DiffusionLoss, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.loss = loss
+        self.autocast = autocast
 
     def forward(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Loss of each sample, (B,) (Eq 1)."""
-        return self.loss.per_sample(self.denoiser, latents, text, noise, timesteps)
+        dtype, enabled = self.autocast or torch.float32, self.autocast is not None
+        with torch.autocast(latents.device.type, dtype=dtype, enabled=enabled):
+            return self.loss.per_sample(self.denoiser, latents, text, noise, timesteps)
 
 
 class Engine(Protocol):
@@ -126,7 +132,9 @@ def alternate(
             yield run("publisher", upper, k, schedule.inner_steps, k)
 
 
-def _objective(engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+def _objective(
+    engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule
+) -> tuple[Tensor, Tensor, Tensor]:
     losses = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
     illegal, legal = losses[batch.illegal].mean(), losses[~batch.illegal].mean()
     if kind == "user":

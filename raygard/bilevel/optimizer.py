@@ -50,7 +50,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len(self.param_groups) != 1:
-            raise ValueError("BilevelOptimizer takes one parameter group: the mask needs one vector of logits")
+            raise ValueError(
+                "BilevelOptimizer takes one parameter group: the mask needs one vector of logits"
+            )
         self.kind: StepKind = "user"
         self.rule = rule
         self.user_optimizer = user_optimizer
@@ -130,7 +132,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if len(shards) != len(self._ops):
             raise ValueError(f"{len(shards)} shards have gradients, {len(self._ops)} were bound")
         for shard in shards:
-            self._ops[shard].zero_padding(shard.grad.view(-1))
+            self._ops[shard].zero_padding(_grad(shard))
         if self.kind == "user":
             self._user_step(group, shards)
         else:
@@ -138,16 +140,16 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
     def _user_step(self, group: dict[str, Any], shards: Sequence[Tensor]) -> None:
         if self.max_grad_norm > 0:
-            square = torch.stack([torch.linalg.vector_norm(p.grad).double() ** 2 for p in shards]).sum()
+            square = torch.stack([torch.linalg.vector_norm(_grad(p)).double() ** 2 for p in shards]).sum()
             self._sum_over_ranks(square)
             norm = float(square.sqrt())
             self.last["grad_norm"] = norm
             if norm > self.max_grad_norm:
                 for shard in shards:
-                    shard.grad.mul_(self.max_grad_norm / norm)
+                    _grad(shard).mul_(self.max_grad_norm / norm)
         for shard in shards:
             ops, state = self._ops[shard], self.state[shard]
-            theta, theta_d, update = shard.view(-1), state["theta_d"], shard.grad.view(-1)
+            theta, theta_d, update = shard.view(-1), state["theta_d"], _grad(shard)
             if self.user_optimizer == "adamw":
                 self._adam_direction(group, state, update)
                 if group["weight_decay"]:
@@ -175,7 +177,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
             raise ValueError("publisher steps need an update rule")
         signal = torch.zeros(self.layout.num_tensors, dtype=torch.float64, device=shards[0].device)
         for shard in shards:
-            signal += self._ops[shard].inner(shard.grad.view(-1), self.state[shard]["theta_d"])
+            signal += self._ops[shard].inner(_grad(shard), self.state[shard]["theta_d"])
         self._sum_over_ranks(signal)
         before = self._soft
         signal = signal.cpu()
@@ -229,7 +231,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the mask's logits and rule state under "mask"."""
-        return {**super().state_dict(), "mask": {key: value.clone() for key, value in self._rule_state.items()}}
+        return {
+            **super().state_dict(),
+            "mask": {key: value.clone() for key, value in self._rule_state.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore shards' states and the mask. `bind` must have been called; theta(m) itself is the caller's."""
@@ -238,3 +243,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if self.rule is not None:
             self._soft = self.rule.soft(self._rule_state)
         self._prepare_factors()
+
+
+def _grad(shard: Tensor) -> Tensor:
+    assert shard.grad is not None
+    return shard.grad.view(-1)

@@ -45,7 +45,12 @@ class ShardLayout:
 
     @classmethod
     def flat_slice(
-        cls, named_sizes: Mapping[str, int], offsets: Sequence[int], start: int, length: int, replicated: bool = False
+        cls,
+        named_sizes: Mapping[str, int],
+        offsets: Sequence[int],
+        start: int,
+        length: int,
+        replicated: bool = False,
     ) -> ShardLayout:
         """Elements [start, start + length) of a flat buffer in which tensor i begins at offsets[i] (ZeRO-1/2)."""
         segments = []

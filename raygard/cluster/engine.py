@@ -42,7 +42,7 @@ def deepspeed_config(engine: EngineConfig, bilevel: BilevelConfig) -> dict[str, 
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": engine.mixed_precision == "bf16"},
+        "bf16": {"enabled": engine.mixed_precision == "bf16" and engine.zero_stage > 0},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
@@ -62,7 +62,9 @@ class ShardedTraining:
 
     def save(self, folder: Path, k: int) -> None:
         """Write this rank's files and a manifest of their hashes. Collective."""
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False)
+        self.engine.save_checkpoint(
+            str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False
+        )
         dist.barrier()
         files = {
             str(file.relative_to(folder)): _sha256(file)
@@ -96,6 +98,9 @@ def build(
 
     # Building the shared-memory collective compiles C++ for a minute and is of no use beside gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
+        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
+        module.autocast = torch.bfloat16
     parameters = dict(unet.named_parameters())
     named_sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     optimizer: BilevelOptimizer = optimizer_factory(list(parameters.values()), all_reduce_sum)
@@ -105,7 +110,10 @@ def build(
             difference = theta_pre[name].float() - theta_ft[name].float()
             parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(engine_config, bilevel), dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=deepspeed_config(engine_config, bilevel),
+        dist_init_required=False,
     )
     shards, layout = _find_shards(engine, parameters, named_sizes, engine_config.zero_stage)
     _check_layout(shards, layout, parameters, engine_config.zero_stage)
@@ -123,7 +131,9 @@ def _find_shards(
     order = {id(parameter): name for name, parameter in parameters.items()}
     if stage == 3:
         if len(zero.fp32_partitioned_groups_flat) != 1:
-            raise RaygardError("ZeRO-3 made several sub-groups; raise zero_optimization.sub_group_size above the model")
+            raise RaygardError(
+                "ZeRO-3 made several sub-groups; raise zero_optimization.sub_group_size above the model"
+            )
         params = zero.fp16_groups[0]
         assert [order[id(p)] for p in params] == list(named_sizes)
         layout = ShardLayout.partitioned(named_sizes, [p.partition_numel() for p in params], dist.get_rank())
@@ -135,7 +145,9 @@ def _find_shards(
     return [shard], ShardLayout.flat_slice(named_sizes, offsets, start, shard.numel())
 
 
-def _check_layout(shards: list[Tensor], layout: ShardLayout, full: Mapping[str, nn.Parameter], stage: int) -> None:
+def _check_layout(
+    shards: list[Tensor], layout: ShardLayout, full: Mapping[str, nn.Parameter], stage: int
+) -> None:
     # A silent change of DeepSpeed's internal order would scramble the mask, so the layout is proven on the values.
     context: Any = contextlib.nullcontext()
     if stage == 3:
@@ -147,7 +159,9 @@ def _check_layout(shards: list[Tensor], layout: ShardLayout, full: Mapping[str, 
     for name, (start, piece) in layout.pieces(shards).items():
         expected = values[name].reshape(-1)[start : start + len(piece)]
         if not torch.equal(expected, piece.float()):
-            raise RaygardError(f"this DeepSpeed release lays out '{name}' differently than raygard knows; use 0.19")
+            raise RaygardError(
+                f"this DeepSpeed release lays out '{name}' differently than raygard knows; use 0.19"
+            )
 
 
 def cpu_environment() -> None:

@@ -27,9 +27,9 @@ from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
 from raygard.errors import RaygardError
+from raygard.files import write_text
 from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
-from raygard.rundir import write_text
 from raygard.scoring import get_scorer
 
 MAX_RETRIES = 3
@@ -80,7 +80,9 @@ def run_jobs(
 
     config = RunConfig.model_validate(inputs.config)
     task = ray.remote(
-        num_cpus=config.evaluation.cpus_per_job, num_gpus=config.evaluation.gpus_per_job, max_retries=MAX_RETRIES
+        num_cpus=config.evaluation.cpus_per_job,
+        num_gpus=config.evaluation.gpus_per_job,
+        max_retries=MAX_RETRIES,
     )(run_job)
     shared = ray.put(asdict(inputs))
     pending = {task.remote(asdict(job), shared): index for index, job in enumerate(jobs)}
@@ -123,7 +125,9 @@ def run_job(job_dict: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     if job.defence != "base":
         started = time.monotonic()
         data = _cache(inputs.cache)
-        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
+        loss = DiffusionLoss(
+            load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma
+        )
         adapt = get_adaptation(config.adapt.method)
         rows = data.subset(data.rows(job.cls, inputs.adapt_part))
         result = adapt(unet, rows, config.adapt, loss, mask=mask, seed=job.seed)

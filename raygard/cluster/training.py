@@ -52,7 +52,13 @@ def learn(
     config: RunConfig, cache: Path, relearned: Path, mask_seed: int, out: Path, *, on_row: OnRow | None = None
 ) -> tuple[Tensor, Tensor]:
     """Learn mask logits (Algorithm 1); return logits and soft mask, float64 (N,)."""
-    job = {"stage": "learn", "cache": str(cache), "relearned": str(relearned), "out": str(out), "mask_seed": mask_seed}
+    job = {
+        "stage": "learn",
+        "cache": str(cache),
+        "relearned": str(relearned),
+        "out": str(out),
+        "mask_seed": mask_seed,
+    }
     _fit(config, job, out, on_row)
     arrays = load_file(str(out / "logits.safetensors"))
     shutil.rmtree(out / "ray", ignore_errors=True)
@@ -62,7 +68,8 @@ def learn(
 
 
 def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig as TrainRunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     require_resources(config.engine)
@@ -71,7 +78,9 @@ def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), **job},
-        torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
+        torch_config=TorchConfig(
+            backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=engine.num_workers,
             use_gpu=engine.use_gpu,

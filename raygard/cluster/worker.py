@@ -94,11 +94,15 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
     loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, b.snr_gamma)
 
     def factory(params: Iterable[Tensor], reduce: Callable[[Tensor], None]) -> BilevelOptimizer:
-        rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
+        rule = (
+            None
+            if relearning
+            else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
+        )
         return BilevelOptimizer(
             params,
             rule=rule,
-            user_optimizer=b.user_optimizer,
+            user_optimizer="adamw" if relearning else b.user_optimizer,
             lr=config.relearn.learning_rate if relearning else b.user_lr,
             betas=(b.adam_beta1, b.adam_beta2),
             eps=b.adam_epsilon,
@@ -125,9 +129,14 @@ def rule_settings(config: RunConfig, sizes: Tensor, mask_seed: int) -> RuleSetti
     )
 
 
-def _sources(config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int) -> tuple[BatchSource, BatchSource | None]:
+def _sources(
+    config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int
+) -> tuple[BatchSource, BatchSource | None]:
     def source(part: str, stream: str, seed: int) -> BatchSource:
-        roles = [[data.rows(cls, part) for cls in classes] for classes in (config.domain.illegal, config.domain.legal)]
+        roles = [
+            [data.rows(cls, part) for cls in classes]
+            for classes in (config.domain.illegal, config.domain.legal)
+        ]
         return BatchSource(data, roles[0], roles[1], config.bilevel.train_batch_size, seed, stream)
 
     if relearning:
@@ -150,20 +159,29 @@ def _resume(training: ShardedTraining, checkpoint: Any, rank: int, world_size: i
     if checkpoint is None:
         return 0
     newest = Path(checkpoint.path)
-    candidates = [newest, *sorted((p for p in newest.parent.glob("checkpoint_*") if p < newest), reverse=True)]
+    candidates = [
+        newest,
+        *sorted((p for p in newest.parent.glob("checkpoint_*") if p < newest), reverse=True),
+    ]
     for folder in candidates:
         trouble = checkpoint_is_whole(folder, rank, world_size)
         whole = torch.tensor([trouble is None], dtype=torch.int32, device=training.engine.device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
         if whole.item():
             return training.load(folder)
-        log.warning("checkpoint %s is not usable (%s); trying the one before it", folder.name, trouble or "another rank")
+        log.warning(
+            "checkpoint %s is not usable (%s); trying the one before it",
+            folder.name,
+            trouble or "another rank",
+        )
     raise RaygardError(f"no usable checkpoint in {newest.parent}; remove the folder to start over")
 
 
 def _average(records: list[StepRecord], device: torch.device) -> list[dict[str, Any]]:
     """Mean of the losses over ranks, one row a step. Collective."""
-    losses = torch.tensor([[r.illegal_loss, r.legal_loss] for r in records], dtype=torch.float64, device=device)
+    losses = torch.tensor(
+        [[r.illegal_loss, r.legal_loss] for r in records], dtype=torch.float64, device=device
+    )
     dist.all_reduce(losses)
     means = (losses / dist.get_world_size()).tolist()
     return [
@@ -227,4 +245,3 @@ def _save(arrays: dict[str, Tensor], path: Path) -> None:
     scratch = path.with_suffix(".tmp")
     save_file(arrays, str(scratch))
     os.replace(scratch, path)
-

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 import raygard
 from raygard.errors import RaygardError
+from raygard.files import readable_disk_errors
 from raygard.mask.audit import AuditReport, audit_states
 from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry
 from raygard.mask.weights import fingerprint, tensor_sha256
@@ -33,7 +33,7 @@ from raygard.mask.weights import fingerprint, tensor_sha256
 MANIFEST, ARRAYS, VALUES = "mask.json", "mask.safetensors", "values.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FreezeMask:
     """A binary freeze mask over named parameter tensors of one base model.
 
@@ -84,11 +84,21 @@ class FreezeMask:
         frozen = frozen.detach().cpu().bool()
         if frozen.shape != (len(names),):
             raise RaygardError(f"frozen has shape {tuple(frozen.shape)}, the model has {len(names)} parameter tensors")
+        if frozen.all() or not frozen.any():
+            count = int(frozen.sum())
+            raise RaygardError(f"a mask must freeze some of the {len(names)} tensors, not {count} of them")
+        for label, numbers in (("logits", logits), ("soft", soft)):
+            if numbers is not None and (numbers.shape != frozen.shape or not torch.isfinite(numbers).all()):
+                raise RaygardError(f"{label} must be {len(names)} finite numbers")
         values = {name: tensor.detach().cpu() for name, tensor in (values or {}).items()}
         held = {name for name, flag in zip(names, frozen.tolist(), strict=True) if flag}
         loose = sorted(set(values) - held)
         if loose:
             raise RaygardError(f"values were given for '{loose[0]}', which is not frozen")
+        for name, value in values.items():
+            if value.shape != parameters[name].shape:
+                expected = tuple(parameters[name].shape)
+                raise RaygardError(f"values of '{name}' have shape {tuple(value.shape)}, the tensor has {expected}")
         return cls(
             names=names,
             shapes=tuple(tuple(parameters[name].shape) for name in names),
@@ -149,28 +159,42 @@ class FreezeMask:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the folder atomically; an older mask at `path` is replaced, anything else there is refused."""
+        """Write the folder whole or not at all; an older mask at `path` is replaced, anything else refused.
+
+        Raises RaygardError for a folder with other files in it, a full disk, or metrics that are not finite.
+        """
         target = Path(path)
-        if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
+        if target.exists() and (target.is_file() or not _may_replace(target)):
             raise RaygardError(f"{target} exists and is not a mask; choose another folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            arrays = {"logits": self.logits, "soft": self.soft, "mask": self.frozen.to(torch.uint8)}
-            save_file({k: v.contiguous() for k, v in arrays.items()}, str(scratch / ARRAYS))
-            if self.values:
-                save_file({k: v.contiguous() for k, v in self.values.items()}, str(scratch / VALUES))
-            files = {file.name: _file_sha256(file) for file in sorted(scratch.iterdir())}
-            manifest = self.manifest().model_copy(update={"files": files})
-            (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            manifest = self.manifest()
+        except ValidationError as error:
+            raise RaygardError(f"cannot save the mask: {_problem(error)}") from None
+        with readable_disk_errors(target):
+            place = target.resolve()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+                new, old = Path(scratch) / "new", Path(scratch) / "old"
+                new.mkdir()
+                self._write(new, manifest)
+                if place.exists():
+                    place.rename(old)
+                try:
+                    new.rename(place)
+                except BaseException:
+                    if old.exists():
+                        old.rename(place)
+                    raise
         return target
+
+    def _write(self, folder: Path, manifest: Manifest) -> None:
+        arrays = {"logits": self.logits, "soft": self.soft, "mask": self.frozen.to(torch.uint8)}
+        save_file({k: v.contiguous().clone() for k, v in arrays.items()}, str(folder / ARRAYS))
+        if self.values:
+            save_file({k: v.contiguous().clone() for k, v in self.values.items()}, str(folder / VALUES))
+        files = {file.name: _file_sha256(file) for file in sorted(folder.iterdir())}
+        text = manifest.model_copy(update={"files": files}).model_dump_json(indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> FreezeMask:
@@ -184,12 +208,12 @@ class FreezeMask:
         except OSError:
             raise RaygardError(f"{folder} is not a mask: no readable {MANIFEST}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RaygardError(f"{folder / MANIFEST}: {where or 'not JSON'}: {first['msg']}") from None
-        for name in (ARRAYS, *([VALUES] if VALUES in manifest.files else [])):
+            raise RaygardError(f"{folder / MANIFEST}: {_problem(error)}") from None
+        if set(manifest.files) not in ({ARRAYS}, {ARRAYS, VALUES}):
+            raise RaygardError(f"{folder / MANIFEST}: files must be {ARRAYS} and perhaps {VALUES}")
+        for name, digest in manifest.files.items():
             file = folder / name
-            if not file.is_file() or _file_sha256(file) != manifest.files.get(name):
+            if not file.is_file() or _file_sha256(file) != digest:
                 raise RaygardError(f"{file} is missing or differs from the hash in {MANIFEST}; fetch the mask again")
         try:
             arrays = load_file(str(folder / ARRAYS))
@@ -219,7 +243,10 @@ class FreezeMask:
         )
         if set(mask.digests) != set(mask.frozen_names) or mask.sha256 != manifest.base.fingerprint:
             raise RaygardError(f"{folder / MANIFEST}: fingerprint and tensor hashes disagree")
+        shapes = dict(zip(mask.names, mask.shapes, strict=True))
         for name, value in values.items():
+            if shapes.get(name) != tuple(value.shape) or not value.is_floating_point():
+                raise RaygardError(f"{folder / VALUES}: '{name}' does not have the shape in {MANIFEST}")
             if mask.digests.get(name) != tensor_sha256(value):
                 raise RaygardError(f"{folder / VALUES}: values of '{name}' do not have the hash in {MANIFEST}")
         return mask
@@ -249,8 +276,7 @@ class FreezeMask:
         if verify:
             for name in self.frozen_names:
                 if name not in self.values and tensor_sha256(parameters[name]) != self.digests[name]:
-                    dtype = parameters[name].dtype
-                    hint = "" if dtype == torch.float32 else f" (it is loaded as {dtype}; load it as float32)"
+                    hint = _dtype_hint(parameters[name], "loaded as {}; load it as float32")
                     raise RaygardError(f"'{name}' does not have the values this mask was made for{hint}")
         with torch.no_grad():
             for name, value in self.values.items():
@@ -268,8 +294,24 @@ class FreezeMask:
         """
         for name in self.frozen_names:
             if name in base and name not in self.values and tensor_sha256(base[name]) != self.digests[name]:
-                raise RaygardError(f"the base is not the model this mask was made for: '{name}' has other values")
+                hint = _dtype_hint(base[name], "stored as {}; give it as it was released")
+                raise RaygardError(f"the base is not the model this mask was made for: '{name}' has other values{hint}")
         return audit_states(self.frozen_names, {**base, **self.values}, tuned)
+
+
+def _may_replace(folder: Path) -> bool:
+    found = {file.name for file in folder.iterdir()}
+    return not found or (MANIFEST in found and found <= {MANIFEST, ARRAYS, VALUES})
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))[:100]
+    return " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+
+
+def _dtype_hint(tensor: Tensor, hint: str) -> str:
+    return "" if tensor.dtype == torch.float32 else f" (it is {hint.format(str(tensor.dtype))})"
 
 
 def _file_sha256(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,7 +14,8 @@ from raygard.errors import RaygardError
 
 @dataclass(frozen=True)
 class MovedTensor:
-    """A frozen tensor whose bits differ: how many elements, and the largest absolute difference."""
+    """A frozen tensor whose bits differ: how many elements, and the largest absolute difference (NaN if one
+    of the two is NaN)."""
 
     name: str
     num_elements: int
@@ -34,7 +36,12 @@ class AuditReport:
         return not self.moved
 
     def to_json(self) -> dict[str, object]:
-        return {"ok": self.ok, **asdict(self)}
+        """JSON-able values; a difference that is not finite is None, for which JSON has no number."""
+        found = asdict(self)
+        for moved in found["moved"]:
+            if not math.isfinite(moved["max_abs_difference"]):
+                moved["max_abs_difference"] = None
+        return {"ok": self.ok, **found}
 
 
 def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> AuditReport:
@@ -42,9 +49,12 @@ def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mappi
 
     A base stored in higher precision is rounded to that dtype first: a fine-tune saved as float16 is compared
     with the float16 rounding of the base, and `compared_dtypes` says so.
-    Raises RaygardError naming the first tensor that is missing or has another shape: then the models are not
-    related and nothing can be said.
+    Raises RaygardError naming the first tensor that is missing, has another shape, is stored as integers or is
+    unknown to the base (an adapter): then nothing can be certified.
     """
+    extra = sorted(set(tuned) - set(base))
+    if extra:
+        raise RaygardError(f"the model has a tensor '{extra[0]}' that the base does not have; it cannot be certified")
     moved, dtypes = [], set()
     for name in frozen:
         for label, state in (("base", base), ("model", tuned)):
@@ -55,6 +65,8 @@ def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mappi
             raise RaygardError(
                 f"tensor '{name}' has shape {tuple(found.shape)} in the model and {tuple(released.shape)} in the base"
             )
+        if not found.is_floating_point():
+            raise RaygardError(f"tensor '{name}' is stored as {found.dtype}, which cannot be compared with the base")
         dtypes.add(str(found.dtype).removeprefix("torch."))
         expected = released.to(found.dtype)
         different = _bits(expected) != _bits(found)

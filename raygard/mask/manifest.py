@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
+MAX_SIDE = 2**40
+
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=512)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TensorEntry(Part):
     """One parameter tensor. `unit` is what is frozen: the whole tensor (channel and subspace are reserved)."""
 
     name: TensorName
-    shape: tuple[PositiveInt, ...]
+    shape: Annotated[tuple[Side, ...], Field(max_length=8)]
     unit: Literal["tensor"] = "tensor"
     frozen: bool
     sha256: Sha256 | None = Field(None, description="float32 little-endian values as released; frozen tensors only")
@@ -63,7 +67,18 @@ class Manifest(Part):
         for entry in self.tensors:
             if entry.frozen != (entry.sha256 is not None):
                 raise ValueError(f"'{entry.name}': frozen tensors, and only they, carry a sha256")
-        frozen = sum(entry.frozen for entry in self.tensors)
-        if frozen != self.ratio.frozen_tensors or len(names) != self.ratio.num_tensors:
+        sizes = [math.prod(entry.shape) for entry in self.tensors]
+        held = [size for size, entry in zip(sizes, self.tensors, strict=True) if entry.frozen]
+        exact = (
+            (self.ratio.num_tensors, len(sizes)),
+            (self.ratio.num_params, sum(sizes)),
+            (self.ratio.frozen_tensors, len(held)),
+            (self.ratio.frozen_params, sum(held)),
+        )
+        shares = (
+            (self.ratio.by_count, len(held) / len(sizes)),
+            (self.ratio.by_params, sum(held) / sum(sizes)),
+        )
+        if any(said != found for said, found in exact) or any(abs(s - f) > 1e-9 for s, f in shares):
             raise ValueError("ratio contradicts the list of tensors")
         return self

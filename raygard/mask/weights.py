@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from raygard.errors import RaygardError
 
 DENOISER_FOLDERS = ("unet", "transformer")
 STEM = "diffusion_pytorch_model"
+SHARD = re.compile(r"[\w.\-]+\.safetensors")
 
 
 def load_denoiser_state(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a denoiser, on the CPU, in their stored dtype.
 
     path: a diffusers pipeline folder (with `unet/` or `transformer/`), a denoiser folder, or one `.safetensors`
-    file. Sharded checkpoints (`*.safetensors.index.json`) and variants (`*.fp16.safetensors`) are found.
+    file. Sharded checkpoints (`*.safetensors.index.json`) are found; variants (`*.fp16.safetensors`) where there
+    is nothing else, because diffusers loads them only on demand.
     Raises RaygardError if there is nothing to read, the file is damaged, or only pickled weights exist.
     """
     root = Path(path)
@@ -31,24 +34,38 @@ def load_denoiser_state(path: str | Path) -> dict[str, Tensor]:
     if root.is_file():
         return _read(root)
     folder = next((root / name for name in DENOISER_FOLDERS if (root / name).is_dir()), root)
-    index = sorted(folder.glob(f"{STEM}*.safetensors.index.json")) + sorted(
-        folder.glob(f"{STEM}.safetensors.index*.json")
-    )
-    if index:
-        names = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        if any("/" in name or "\\" in name or ".." in name for name in names):
-            raise RaygardError(f"{index[0]}: shard names must not leave the folder")
-        return {key: tensor for name in names for key, tensor in _read(folder / name).items()}
-    files = [folder / f"{STEM}.safetensors", *sorted(folder.glob(f"{STEM}.*.safetensors"))]
+    variants = (f"{STEM}.*.safetensors.index.json", f"{STEM}.safetensors.index.*.json", f"{STEM}.*.safetensors")
+    files = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
+    files += [file for pattern in variants for file in sorted(folder.glob(pattern))]
     for file in files:
         if file.is_file():
-            return _read(file)
+            return _read_shards(file) if file.suffix == ".json" else _read(file)
     if list(folder.glob("*.bin")):
         raise RaygardError(f"{folder} holds pickled weights only; save them with safe_serialization=True")
     raise RaygardError(f"{folder} holds no {STEM}.safetensors")
 
 
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(where.values()))
+        unsafe = [name for name in names if not SHARD.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RaygardError(f"{index} is damaged: no readable weight_map") from None
+    if unsafe:
+        raise RaygardError(f"{index}: shard {unsafe[0]!r} must be a .safetensors file in the same folder")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        shard = _read(index.parent / name)
+        if set(shard) != {key for key, home in where.items() if home == name}:
+            raise RaygardError(f"{index.parent / name} does not hold the tensors that {index.name} says")
+        state |= shard
+    return state
+
+
 def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        raise RaygardError(f"{file} is not a .safetensors file; pickled weights are never read")
     try:
         return load_file(str(file))
     except (SafetensorError, OSError, ValueError) as error:

@@ -59,9 +59,7 @@ def split(rows: list[Row], share: float = 0.05) -> tuple[list[int], list[int]]:
 def build_tokenizer(data: Path, rows: list[Row], folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer_config.json").exists():
         texts = (data / "concept_names.txt").read_text().splitlines() + [row.text for row in rows]
-        texts += [
-            f"an emoji{JOINT}{style}" for style in PRETRAINING_STYLES + ILLEGAL_STYLES + LEGAL_STYLES
-        ] * 3
+        texts += [f"an emoji{JOINT}{style}" for style in PRETRAINING_STYLES + ILLEGAL_STYLES + LEGAL_STYLES] * 3
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.normalizer = normalizers.Lowercase()
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -140,12 +138,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def schedule(**extra: Any) -> dict[str, Any]:
-    return dict(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **extra
-    )
+    return dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **extra)
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    return tokenizer(
-        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids

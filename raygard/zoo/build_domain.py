@@ -115,9 +115,7 @@ def check_licence(style: Style, archive: tarfile.TarFile) -> None:
 
 def rasterise(data: bytes, svg: bool) -> Image.Image:
     if svg:
-        data = bytes(
-            resvg_py.svg_to_bytes(svg_string=data.decode(), width=256, height=256, skip_system_fonts=True)
-        )
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=256, height=256, skip_system_fonts=True))
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
@@ -186,9 +184,7 @@ def file_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
 
 
 def read_concepts(table: Path, openmoji: tarfile.TarFile, datasource: tarfile.TarFile) -> list[Concept]:
-    annotations = {
-        e["hexcode"]: e["annotation"] for e in json.loads(read(openmoji, "package/data/openmoji.json"))
-    }
+    annotations = {e["hexcode"]: e["annotation"] for e in json.loads(read(openmoji, "package/data/openmoji.json"))}
     unicode_names = {
         entry["unified"].replace("-FE0F", ""): [entry["name"] or "", *entry["short_names"]]
         for entry in json.loads(read(datasource, "package/emoji.json"))
@@ -204,9 +200,7 @@ def read_concepts(table: Path, openmoji: tarfile.TarFile, datasource: tarfile.Ta
 
 def all_names(archive: tarfile.TarFile) -> list[str]:
     entries = json.loads(read(archive, "package/data/openmoji.json"))
-    return sorted(
-        {html.unescape(e["annotation"]).replace("’", "'").lower() for e in entries if not e["skintone"]}
-    )
+    return sorted({html.unescape(e["annotation"]).replace("\u2019", "'").lower() for e in entries if not e["skintone"]})
 
 
 def build(out: Path, table: Path, packages: Path) -> None:
@@ -243,14 +237,10 @@ def build(out: Path, table: Path, packages: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "emoji_styles")
     parser.add_argument("--concepts", type=Path, default=Path(__file__).parent / "concepts.csv")
-    parser.add_argument(
-        "--packages", type=Path, help="keep the fetched packages here (default: a temporary folder)"
-    )
+    parser.add_argument("--packages", type=Path, help="keep the fetched packages here (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         packages = args.packages or Path(scratch)

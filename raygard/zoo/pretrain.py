@@ -2,19 +2,17 @@
 
     python -m raygard.zoo.pretrain --stage all --work pretrain_out --out raygard/zoo/tiny_sd
 
-Three stages, each resumable from `--work` and each with its own time budget: `vae` (autoencoder, on crops),
-`diffusion` (UNet and text encoder together, on cached latents) and `export` (fp16 safetensors, sample
-sheet, loss curve). Only the three pretraining styles are read. Runs on a CPU with bfloat16 matrix
-instructions or on a GPU.
+Four stages, each resumable from `--work` and each with its own time budget: `vae` (autoencoder, on crops),
+`lines` (its decoder, on line art), `diffusion` (UNet and text encoder together, on cached latents) and
+`export` (fp16 safetensors, sample sheet, loss curve). Only the three pretraining styles are read. Runs on a
+CPU with bfloat16 matrix instructions or on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,25 +20,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from torch import Tensor, nn
 
 from raygard.zoo import DOMAIN_DIR, MODEL_DIR, PRETRAINING_STYLES
 from raygard.zoo.architecture import (
     JOINT,
-    LATENT_SCALE,
     build_text_encoder,
     build_tokenizer,
     build_unet,
-    build_vae,
     read_pixels,
     read_rows,
     schedule,
     split,
     tokens,
+)
+from raygard.zoo.autoencoder import (
+    Autocast,
+    Clock,
+    cache_latents,
+    finished_vae,
+    learning_rate,
+    polish_decoder,
+    save_atomically,
+    save_grid,
+    train_vae,
 )
 
 SHEET_CONCEPTS = (
@@ -55,167 +60,6 @@ SHEET_CONCEPTS = (
     "birthday cake",
     "umbrella with rain drops",
 )
-
-
-def save_atomically(state: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-class Clock:
-    """Time spent training, over all restarts; `progress` drives the learning rate."""
-
-    def __init__(self, args: argparse.Namespace, minutes: float, spent: float) -> None:
-        self.seconds, self.steps, self.spent, self.since = minutes * 60, args.steps, spent, time.monotonic()
-
-    def elapsed(self) -> float:
-        return self.spent + time.monotonic() - self.since
-
-    def progress(self, step: int) -> float:
-        return min(1.0, step / self.steps if self.steps else self.elapsed() / self.seconds)
-
-
-def learning_rate(peak: float, step: int, progress: float, warmup: int = 200) -> float:
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class Autocast(torch.autocast):
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        super().__init__(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def crops(pixels: Tensor, batch: int, side: int = 32) -> Tensor:
-    """Random crops, flipped and recoloured: the autoencoder must not depend on the palette of a style."""
-    picked = torch.randint(len(pixels), (batch,))
-    tops, lefts = torch.randint(0, 64 - side + 1, (2, batch))
-    out = torch.stack(
-        [
-            pixels[i, :, y : y + side, x : x + side]
-            for i, y, x in zip(picked.tolist(), tops.tolist(), lefts.tolist(), strict=True)
-        ]
-    )
-    if random.random() < 0.5:
-        out = out.flip(3)
-    if random.random() < 0.4:
-        out = out[:, torch.randperm(3)]
-    if random.random() < 0.15:
-        out = -out
-    return out
-
-
-def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
-
-
-def train_vae(args: argparse.Namespace, device: torch.device) -> None:
-    path, pixels = args.work / "vae.pt", read_pixels(args.data, read_rows(args.data)).to(device)
-    vae = build_vae().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    step, spent = 0, 0.0
-    if path.exists():
-        state = torch.load(path, weights_only=True, map_location=device)
-        if state["done"]:
-            return
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    clock, saved, mean_loss = Clock(args, args.vae_minutes, spent), time.monotonic(), 0.0
-    while (progress := clock.progress(step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(1.5e-3, step, progress)
-        x = crops(pixels, args.vae_batch)
-        with Autocast(device, args.bf16):
-            posterior = vae.encode(x).latent_dist
-            restored = vae.decode(posterior.sample()).sample.float()
-        edges = sum((a - b).abs().mean() for a, b in zip(gradients(restored), gradients(x), strict=True))
-        divergence = (
-            0.5
-            * (
-                posterior.mean.float() ** 2 + posterior.logvar.float().exp() - 1 - posterior.logvar.float()
-            ).mean()
-        )
-        pixel = (restored - x).abs().mean() + F.mse_loss(restored, x)
-        loss = pixel + 0.5 * edges + args.kl_weight * divergence
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        mean_loss += 0.02 * (float(pixel.detach()) - mean_loss)
-        if step % 200 == 0:
-            print(
-                f"vae step {step} spent {clock.elapsed():.0f}s pixel {mean_loss:.4f} kl "
-                f"{float(divergence.detach()):.2f}",
-                flush=True,
-            )
-        if time.monotonic() - saved > args.save_every * 60 or clock.progress(step) >= 1:
-            save_atomically(
-                {
-                    "model": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "spent": clock.elapsed(),
-                    "done": clock.progress(step) >= 1,
-                },
-                path,
-            )
-            saved = time.monotonic()
-            reconstruction_sheet(vae, pixels, args.work / "vae_sheet.png")
-
-
-@torch.no_grad()
-def reconstruction_sheet(vae: AutoencoderKL, pixels: Tensor, path: Path, count: int = 20) -> float:
-    picked = pixels[:: max(1, len(pixels) // count)][:count]
-    restored = vae.decode(vae.encode(picked).latent_dist.mode()).sample.clamp(-1, 1)
-    save_grid(torch.cat([picked, restored]), path, count)
-    return float((picked - restored).abs().mean() / 2)
-
-
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    bytes_ = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    rows = math.ceil(len(bytes_) / columns)
-    sheet = Image.new("RGB", (columns * 66, rows * 66), "#888888")
-    for index, picture in enumerate(bytes_):
-        sheet.paste(Image.fromarray(picture), (index % columns * 66 + 1, index // columns * 66 + 1))
-    sheet.save(path, optimize=True)
-
-
-@torch.no_grad()
-def fold_latent_statistics(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Give every latent channel mean 0 and deviation 1 / LATENT_SCALE, through the 1x1 convolutions alone."""
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(64)])
-    shift = latents.mean((0, 2, 3))
-    gain = 1 / (LATENT_SCALE * latents.std((0, 2, 3)))
-    encode, decode = vae.quant_conv, vae.post_quant_conv
-    decode.bias += decode.weight[:, :, 0, 0] @ shift
-    decode.weight /= gain[None, :, None, None]
-    encode.bias[:4] = (encode.bias[:4] - shift) * gain
-    encode.weight[:4] *= gain[:, None, None, None]
-    encode.bias[4:] += 2 * gain.log()
-
-
-def finished_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
-    folder = args.work / "vae"
-    if not (folder / "config.json").exists():
-        vae = build_vae().to(device)
-        vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True, map_location=device)["model"])
-        pixels = read_pixels(args.data, read_rows(args.data)).to(device)
-        fold_latent_statistics(vae, pixels)
-        error = reconstruction_sheet(vae, pixels, args.work / "vae_sheet.png", 100)
-        print(f"vae finished: mean absolute error {error:.4f} of the full range", flush=True)
-        vae.save_pretrained(folder)
-    return AutoencoderKL.from_pretrained(folder).to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def cache_latents(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    parts = [vae.encode(part).latent_dist for part in pixels.split(64)]
-    return (
-        torch.cat([p.mean for p in parts]) * LATENT_SCALE,
-        torch.cat([p.std for p in parts]) * LATENT_SCALE,
-    )
 
 
 class Average:
@@ -271,9 +115,7 @@ def train_diffusion(args: argparse.Namespace, device: torch.device) -> None:
     weights = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
     forward = torch.compile(unet) if args.compile else unet
 
-    def loss_of(
-        index: Tensor, ids: Tensor, generator: torch.Generator | None = None, weighted: bool = True
-    ) -> Tensor:
+    def loss_of(index: Tensor, ids: Tensor, generator: torch.Generator | None = None, weighted: bool = True) -> Tensor:
         shape = (len(index), 4, 16, 16)
         draw = torch.randn(shape, generator=generator).to(device)
         noise = torch.randn(shape, generator=generator).to(device)
@@ -290,9 +132,7 @@ def train_diffusion(args: argparse.Namespace, device: torch.device) -> None:
         unet.load_state_dict(averages[0].shadow)
         text.load_state_dict(averages[1].shadow)
         generator, repeated = torch.Generator().manual_seed(7), torch.tensor(index).repeat_interleave(8)
-        losses = [
-            float(loss_of(part, full[part], generator, weighted=False)) for part in repeated.split(64)[:5]
-        ]
+        losses = [float(loss_of(part, full[part], generator, weighted=False)) for part in repeated.split(64)[:5]]
         unet.load_state_dict(live[0])
         text.load_state_dict(live[1])
         return sum(losses) / len(losses)
@@ -315,10 +155,8 @@ def train_diffusion(args: argparse.Namespace, device: torch.device) -> None:
         step += 1
         for average in averages:
             average.update(step)
-        running = (
-            float(loss.detach()) if running is None else running + 0.01 * (float(loss.detach()) - running)
-        )
-        if step % 500 == 0:
+        running = float(loss.detach()) if running is None else running + 0.01 * (float(loss.detach()) - running)
+        if step % 1000 == 0:
             entry = {
                 "step": step,
                 "spent": clock.elapsed(),
@@ -347,9 +185,7 @@ def train_diffusion(args: argparse.Namespace, device: torch.device) -> None:
             saved = time.monotonic()
 
 
-def assemble(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+def assemble(args: argparse.Namespace, device: torch.device) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     tokenizer = build_tokenizer(args.data, read_rows(args.data), args.work / "tokenizer")
     state = torch.load(args.work / "diffusion.pt", weights_only=True, map_location=device)
     unet, text = build_unet(), build_text_encoder(tokenizer)
@@ -405,6 +241,10 @@ def export(args: argparse.Namespace, device: torch.device) -> None:
     if state["history"]:
         loss_curve(state["history"], fresh / "loss.png")
     pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    for config in fresh.rglob("config.json"):
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
     summary = {
         "step": state["step"],
         "minutes": round(state["spent"] / 60, 1),
@@ -423,17 +263,14 @@ def export(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stage", choices=("vae", "diffusion", "export", "all"), default="all")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("vae", "lines", "diffusion", "export", "all"), default="all")
     parser.add_argument("--data", type=Path, default=DOMAIN_DIR)
     parser.add_argument("--work", type=Path, default=Path("pretrain_out"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--vae-minutes", type=float, default=12)
-    parser.add_argument(
-        "--minutes", type=float, default=55, help="budget of the diffusion stage, over all restarts"
-    )
+    parser.add_argument("--minutes", type=float, default=55, help="budget of the diffusion stage, over all restarts")
+    parser.add_argument("--line-minutes", type=float, default=8)
     parser.add_argument("--steps", type=int, default=0, help="count steps instead of minutes")
     parser.add_argument("--save-every", type=float, default=2, metavar="MINUTES")
     parser.add_argument("--vae-batch", type=int, default=64)
@@ -450,6 +287,8 @@ def main() -> None:
     device = torch.device(args.device)
     if args.stage in ("vae", "all"):
         train_vae(args, device)
+    if args.stage in ("lines", "all"):
+        polish_decoder(args, device)
     if args.stage in ("diffusion", "all"):
         train_diffusion(args, device)
     if args.stage in ("export", "all"):

@@ -40,13 +40,17 @@ def setting(root: Path, user_optimizer: str, seed: int = 0):
     ft = {name: p + 0.02 * torch.randn(p.shape, generator=rng) for name, p in pre.items()}
     data = load_cache(next((root / "cache").iterdir()))
     roles = [[data.rows(cls, "learn_lower") for cls in classes] for classes in (("a", "b"), ("c", "d"))]
-    sources = [BatchSource(data, roles[0], roles[1], GLOBAL_BATCH, seed, stream) for stream in ("lower", "upper")]
+    sources = [
+        BatchSource(data, roles[0], roles[1], GLOBAL_BATCH, seed, stream) for stream in ("lower", "upper")
+    ]
     sizes = torch.tensor([p.numel() for p in pre.values()])
 
     def factory(params, reduce=None):
         rule = make_rule("budget", RuleSettings(len(sizes), 0.3, 0.2, 0.05, 0.0, None, seed))
         lr = 1e-3 if user_optimizer == "adamw" else 1e-2
-        return BilevelOptimizer(params, rule=rule, user_optimizer=user_optimizer, lr=lr, max_grad_norm=1.0, reduce=reduce)
+        return BilevelOptimizer(
+            params, rule=rule, user_optimizer=user_optimizer, lr=lr, max_grad_norm=1.0, reduce=reduce
+        )
 
     return unet, DenoiserLoss(unet, DiffusionLoss(load_noise_scheduler(model))), pre, ft, sources, factory
 
@@ -56,15 +60,27 @@ def dense(root: Path, user_optimizer: str) -> dict[str, torch.Tensor]:
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
     parameters = dict(unet.named_parameters())
     optimizer = factory(list(parameters.values()))
-    optimizer.bind(list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft)
+    optimizer.bind(
+        list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft
+    )
     for _ in alternate(PlainEngine(module, optimizer), optimizer, *sources, Schedule(INNER, ROUNDS)):
         pass
-    return {"logits": optimizer.logits, "theta": torch.cat([p.detach().reshape(-1) for p in parameters.values()])}
+    return {
+        "logits": optimizer.logits,
+        "theta": torch.cat([p.detach().reshape(-1) for p in parameters.values()]),
+    }
 
 
 def sharded(
-    root: Path, stage: int, precision: str, user_optimizer: str, rounds: int = ROUNDS, resume: Path | None = None,
-    save: Path | None = None, accumulation: int = 1,
+    root: Path,
+    stage: int,
+    precision: str,
+    user_optimizer: str,
+    rounds: int = ROUNDS,
+    resume: Path | None = None,
+    save: Path | None = None,
+    accumulation: int = 1,
+    resume_with=None,
 ) -> dict[str, object]:
     """One DeepSpeed run on this rank's shard."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -74,6 +90,8 @@ def sharded(
     training: ShardedTraining = build(unet, module, factory, pre, ft, engine, bilevel)
     optimizer = training.optimizer
     first_k = training.load(resume) if resume is not None else 0
+    if resume_with is not None:
+        first_k = resume_with(training)
     calls: list[int] = []
     counted: dict[str, set[int]] = {"user": set(), "publisher": set()}
     original = dist.all_reduce
@@ -101,6 +119,7 @@ def sharded(
         training.save(save, rounds)
         dist.barrier()
     return {
+        "first_k": first_k,
         "logits": optimizer.logits.clone(),
         "pieces": optimizer.layout.pieces(optimizer.shards()),
         "theta_d": optimizer.layout.pieces(optimizer.theta_d()),
@@ -109,12 +128,53 @@ def sharded(
     }
 
 
+def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int) -> dict[str, object]:
+    """Save two checkpoints, truncate a file of the newer one, and see which one is resumed."""
+    from types import SimpleNamespace
+
+    from raygard.cluster.worker import _resume
+
+    storage = root / f"torn-{world}"
+    folders = [storage / "checkpoint_1", storage / "checkpoint_2"]
+    for folder, rounds in zip(folders, (2, 4), strict=True):
+        with tempfile.TemporaryDirectory() as own:
+            sharded(root, stage, precision, user_optimizer, rounds=rounds, save=Path(own))
+            folder.mkdir(parents=True, exist_ok=True)
+            os.system(f"cp -r {own}/. {folder}/")
+            dist.barrier()
+    newest = SimpleNamespace(path=str(folders[1]))
+    resumed = [sharded(root, stage, precision, user_optimizer, rounds=0, resume_with=lambda t: _resume(t, newest, dist.get_rank(), world))]
+    dist.barrier()
+    for folder, victims in ((folders[1], "*optim_states.pt"), (folders[0], "*model_states.pt")):
+        if dist.get_rank() == 0:
+            victim = sorted((folder / "state").glob(victims))[0]
+            os.truncate(victim, victim.stat().st_size // 2)
+        dist.barrier()
+        try:
+            resumed.append(
+                sharded(root, stage, precision, user_optimizer, rounds=0, resume_with=lambda t: _resume(t, newest, dist.get_rank(), world))
+            )
+        except ValueError as error:
+            resumed.append({"error": str(error)})
+        dist.barrier()
+    return {"resumed": [r.get("first_k", r.get("error")) for r in resumed]}
+
+
 def main() -> None:
-    rank, world, store, root, plan, out = int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:5]), *sys.argv[5:7]
+    rank, world, store, root, plan, out = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        *map(Path, sys.argv[3:5]),
+        *sys.argv[5:7],
+    )
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world, timeout=timedelta(seconds=300)
+        "gloo",
+        store=dist.FileStore(str(store), world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=300),
     )
     results = {}
     for item in plan.split(","):
@@ -130,6 +190,8 @@ def main() -> None:
                 dist.barrier()
             results[name] = sharded(root, stage, precision, user_optimizer, resume=merged)
             results[name]["half"] = half["logits"]
+        elif rest and rest[0] == "torn":
+            results[name] = torn(root, stage, precision, user_optimizer, world)
         else:
             accumulation = int(rest[0]) if rest else 1
             results[name] = sharded(root, stage, precision, user_optimizer, accumulation=accumulation)

@@ -17,11 +17,19 @@ from raygard.domain import load_domain
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
-FP32 = ["sgd0:0:no:sgd", "sgd1:1:no:sgd", "sgd2:2:no:sgd", "sgd3:3:no:sgd", "adam2:2:no:adamw", "adam3:3:no:adamw"]
+FP32 = [
+    "sgd0:0:no:sgd",
+    "sgd1:1:no:sgd",
+    "sgd2:2:no:sgd",
+    "sgd3:3:no:sgd",
+    "adam2:2:no:adamw",
+    "adam3:3:no:adamw",
+]
+TORN = "torn2:2:no:adamw:torn"
 PLANS = {
     1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
-    2: [*FP32, "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2", "resume2:2:no:adamw:resume",
-        "resume3:3:no:adamw:resume", "resume1:1:no:adamw:resume"],
+    2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2", "resume2:2:no:adamw:resume",
+        "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume"],
     4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd"],
 }  # fmt: skip
 
@@ -31,7 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker
     root = tmp_path_factory.mktemp("sharded")
     tiny_maker(root / "sd")
     data = imagefolder_maker(root / "data", dict.fromkeys("abcd", 48))
-    names = [f"domain.data={data}", f"model.pretrained_model_name_or_path={root / 'sd'}", "domain.resolution=16"]
+    names = [
+        f"domain.data={data}",
+        f"model.pretrained_model_name_or_path={root / 'sd'}",
+        "domain.resolution=16",
+    ]
     config = load_config(None, [*names, "domain.illegal=[a,b]", "domain.legal=[c,d]"])
     parts = [(cls, "learn_lower") for cls in "abcd"]
     build_cache(config.model, config.domain, load_domain(config.domain).view("learn"), parts, root / "cache")
@@ -70,7 +82,7 @@ def reference(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def cases(precision: str) -> list[tuple[int, str, str]]:
-    split = [(world, *item.split(":")) for world, plan in PLANS.items() for item in plan]
+    split = [(world, *item.split(":")) for world, plan in PLANS.items() for item in plan if item != TORN]
     return [(world, name, user) for world, name, _, bits, user, *_ in split if bits == precision]
 
 
@@ -108,7 +120,7 @@ def test_invariant_holds_at_the_end(results, world: int, name: str, user: str) -
 def test_one_collective_of_n_numbers_per_publisher_step(results, world: int, name: str, user: str) -> None:
     for rank in results[world]:
         num_tensors = len(rank[name]["logits"])
-        replicated = name in ("sgd0", "resume0")
+        replicated = name in ("sgd0", "resume0", "bf0")
         assert rank[name]["collectives"]["publisher"] == {() if replicated else (num_tensors,)}
         # Clipping needs the norm of the whole model: one number.
         assert rank[name]["collectives"]["user"] == {() if replicated else (1,)}
@@ -122,7 +134,8 @@ def test_bf16_follows_the_dense_run(results, reference, world: int, name: str, u
 
 
 @pytest.mark.parametrize(
-    ("world", "resumed", "straight"), [(2, "resume2", "adam2"), (2, "resume3", "adam3"), (1, "resume2", "adam2")]
+    ("world", "resumed", "straight"),
+    [(2, "resume2", "adam2"), (2, "resume3", "adam3"), (1, "resume2", "adam2")],
 )
 def test_resume_is_bitwise_the_straight_run(results, world: int, resumed: str, straight: str) -> None:
     for rank in results[world]:
@@ -131,3 +144,10 @@ def test_resume_is_bitwise_the_straight_run(results, world: int, resumed: str, s
         for kind in ("pieces", "theta_d"):
             for name, (_, values) in rank[straight][kind].items():
                 assert torch.equal(rank[resumed][kind][name][1], values)
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(results) -> None:
+    for rank in results[2]:
+        whole, one_torn, all_torn = rank["torn2"]["resumed"]
+        assert (whole, one_torn) == (4, 2)
+        assert "no usable checkpoint" in all_torn and "\n" not in all_torn

@@ -1,0 +1,58 @@
+"""Documents against the code: every raygard command in them parses, and the reference is current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from raygard.cli import app
+from raygard.config import load_config, reference_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[str]:
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.split("#")[0].strip()
+                words = re.sub(r"^accelerate launch .*?-m raygard\.cli", "raygard", words)
+                if words.startswith("raygard "):
+                    found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_parse(command: str) -> None:
+    group = typer.main.get_command(app)
+    name, *arguments = shlex.split(command)[1:]
+    assert name in group.commands, f"no command {name}"
+    group.commands[name].make_context(name, arguments, resilient_parsing=False)
+    overrides = [a for a in arguments if re.match(r"^[a-z_]+\.[a-z_0-9]+=", a)]
+    load_config(None, overrides)
+
+
+def test_documents_name_commands() -> None:
+    assert len(commands()) >= 6
+
+
+def test_configuration_reference_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference_markdown()
+
+
+def test_links_between_documents_exist() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for path in re.findall(r"`((?:raygard|jobs|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists(), path
