@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,15 +72,24 @@ def _config(
         "engine.num_workers": workers,
         "engine.zero_stage": zero_stage,
     }
-    extra = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    extra = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
     return load_config(config, [*extra, *(overrides or [])])
 
 
-def _flow(config: Any, out: Path, quiet: bool) -> Any:
+@contextmanager
+def _flow(config: Any, out: Path, quiet: bool) -> Iterator[Any]:
+    """A flow on a cluster that can run it; the cluster is left again at the end."""
+    from raygard.cluster.session import ray_session, require_resources
     from raygard.flow import Flow
     from raygard.progress import Progress
 
-    return Flow(config, out, Progress(quiet=quiet))
+    with ExitStack() as stack:
+
+        def connect() -> None:
+            stack.enter_context(ray_session())
+            require_resources(config.engine)
+
+        yield Flow(config, out, Progress(quiet=quiet), connect)
 
 
 def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
@@ -123,10 +134,7 @@ def run(
 
 
 def _run(config: Any, out: Path, quiet: bool) -> None:
-    from raygard.cluster.session import ray_session
-
-    flow = _flow(config, out, quiet)
-    with ray_session():
+    with _flow(config, out, quiet) as flow:
         outcome = flow.run()
     _print_outcome(flow, outcome)
 
@@ -144,10 +152,8 @@ def learn(
     as_json: JsonOption = False,
 ) -> None:
     """Learn a freeze mask and save it as OUT/mask."""
-    from raygard.cluster.session import ray_session
-
-    flow = _flow(_config(config, overrides, model, data, workers, zero_stage), out, quiet)
-    with ray_session(), flow.parent:
+    run_config = _config(config, overrides, model, data, workers, zero_stage)
+    with _flow(run_config, out, quiet) as flow, flow.parent:
         mask = flow.learn_all()[0]
     facts = {
         "mask": str(flow.dir / "mask"),
@@ -242,8 +248,9 @@ def audit(
     from raygard.mask import FreezeMask
     from raygard.mask.weights import load_denoiser_state
 
+    released = FreezeMask.load(mask)
     states = [load_denoiser_state(resolve_model(str(path))) for path in (base, model)]
-    report = FreezeMask.load(mask).audit(*states)
+    report = released.audit(*states)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
@@ -319,7 +326,10 @@ def main() -> None:
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             describe = getattr(error, "format_message", None)
-            _fail(" ".join((describe() if describe else str(error)).split()))
+            message = " ".join((describe() if describe else str(error)).split())
+            if message:
+                _fail(message)
+            sys.exit(EXIT_BAD_INPUT)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -54,18 +54,26 @@ class DomainConfig(Section):
     """Pictures, and which classes are illegal, legal and general (pretraining) material."""
 
     name: str = "emoji-styles"
-    data: str = Field("zoo:emoji-styles", description="imagefolder with metadata.jsonl or metadata.csv, or 'zoo:emoji-styles'")
+    data: str = Field(
+        "zoo:emoji-styles", description="imagefolder with metadata.jsonl or metadata.csv, or 'zoo:emoji-styles'"
+    )
     caption_column: str = "text"
-    class_column: str = "class"
+    class_column: str | None = Field("class", description="null: a table without classes is one class, 'all'")
     illegal: tuple[str, ...] = Field(("Fluent 3D", "OpenMoji"), min_length=1)
     legal: tuple[str, ...] = Field(("Twemoji", "FxEmoji"), min_length=1)
-    general: tuple[str, ...] = Field((), description="classes the base model was trained on; used only for its own loss")
-    resolution: int = Field(64, ge=16, le=2048)
+    general: tuple[str, ...] = Field(
+        (), description="classes the base model was trained on; used only for its own loss"
+    )
+    resolution: int | None = Field(None, ge=16, le=2048, description="pixels; null: the model's own")
     center_crop: bool = True
     max_per_class: int | None = Field(None, ge=4)
     publisher_fraction: float = Field(0.5, gt=0, lt=1, description="share of each class for the publisher half")
-    learn_fraction: float = Field(0.5, gt=0, lt=1, description="share of the publisher half used to learn, rest to select")
-    adapt_fraction: float = Field(0.5, gt=0, lt=1, description="share of the user half to fine-tune on, rest is reference")
+    learn_fraction: float = Field(
+        0.5, gt=0, lt=1, description="share of the publisher half used to learn, rest to select"
+    )
+    adapt_fraction: float = Field(
+        0.5, gt=0, lt=1, description="share of the user half to fine-tune on, rest is reference"
+    )
     upper_fraction: float = Field(1 / 3, gt=0, lt=1, description="share of the learn part kept for upper batches only")
     min_part: int = Field(4, ge=1, description="a class with fewer pictures in any part is refused")
     legal_budget: float = Field(0.05, ge=0, le=1, description="largest tolerated legal impact")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from raygard.adaptation import get_adaptation
 from raygard.baselines import DEFENCES, choose_frozen
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import load_unet, model_fingerprint
+from raygard.diffusion.model import load_unet, model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import write_text
@@ -44,14 +44,26 @@ DRAWN = ("random", "random-matched")
 class Flow:
     """One run in one run directory."""
 
-    def __init__(self, config: RunConfig, out: str | Path, progress: Progress | None = None) -> None:
-        """Check the configuration, the domain's pictures and the model before anything long starts."""
+    def __init__(
+        self,
+        config: RunConfig,
+        out: str | Path,
+        progress: Progress | None = None,
+        connect: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Check pictures, model and run directory before anything long starts or anything is written.
+
+        connect: reaches the cluster and refuses what it can never run; called after the checks, before the writing.
+        """
+        config = config.model_copy(update={"domain": with_resolution(config.domain, config.model)})
         self.config = config
         self.progress = progress or Progress(quiet=True)
         get_adaptation(config.adapt.method)
         get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
         self.model_hash = model_fingerprint(config.model, "unet")
+        RunDirectory.check(out, config)
+        connect()
         self.dir = RunDirectory(out, config)
         self.dir.note(domain_counts=self.domain.counts(), model_sha256=self.model_hash)
         self.tracker = Tracker.open(
@@ -238,6 +250,7 @@ class Flow:
         folder.mkdir(parents=True, exist_ok=True)
         view, arrays, captions = self.domain.view(stage), {}, {}
         size = self.config.domain.resolution
+        assert size is not None
         for index, cls in enumerate(classes):
             pictures = view.pictures(cls, part)
             arrays[str(index)] = np.stack(

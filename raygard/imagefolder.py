@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = ("metadata.jsonl", "metadata.csv")
+ONE_CLASS = "all"
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,28 @@ def resolve_data(name: str) -> Path:
     return folder
 
 
-def read_entries(folder: Path, caption_column: str, class_column: str) -> list[Entry]:
+def has_column(folder: Path, column: str) -> bool:
+    """Whether any row of the folder's table has `column`; a folder without a table has its classes as folders."""
+    table = _table(folder)
+    return table is None or any(column in row for _, row in _rows(table))
+
+
+def read_entries(folder: Path, caption_column: str, class_column: str | None) -> list[Entry]:
     """Rows of `metadata.jsonl` or `metadata.csv`, with checked paths; else one folder for each class.
 
+    class_column: None puts all pictures of a table into one class, ONE_CLASS.
     Raises RaygardError naming the row for an unreadable table, a missing column, caption or class, and a file
     name that is absolute, leaves the folder (also through a symbolic link) or does not exist.
     """
-    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    table = _table(folder)
     if table is None:
         return _class_folders(folder)
-    try:
-        rows = _read_jsonl(table) if table.suffix == ".jsonl" else _read_csv(table)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RaygardError(f"cannot read {table}: {str(error).splitlines()[0]}") from None
+    rows = _rows(table)
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     needed = {
         "file_name": "",
         caption_column: " (domain.caption_column)",
-        class_column: " (domain.class_column)",
+        **({class_column: " (domain.class_column)"} if class_column is not None else {}),
     }
     for column, setting in needed.items():
         if column not in columns:
@@ -77,10 +82,21 @@ def read_entries(folder: Path, caption_column: str, class_column: str) -> list[E
         Entry(
             _inside(folder, root, _text(row, "file_name", f"{table}, line {line}"), f"{table}, line {line}"),
             _text(row, caption_column, f"{table}, line {line}"),
-            _text(row, class_column, f"{table}, line {line}"),
+            ONE_CLASS if class_column is None else _text(row, class_column, f"{table}, line {line}"),
         )
         for line, row in rows
     ]
+
+
+def _table(folder: Path) -> Path | None:
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _rows(table: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        return _read_jsonl(table) if table.suffix == ".jsonl" else _read_csv(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RaygardError(f"cannot read {table}: {str(error).splitlines()[0]}") from None
 
 
 def _read_jsonl(table: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -401,8 +401,10 @@ def _notes(table: Table, classes: Sequence[Mapping[str, Any]], counted: set[str]
 def compare_sentence(outcome: Mapping[str, Any]) -> str:
     """One honest sentence: does the learned mask beat random masks of the same parameter share?"""
     entry = next((c for c in outcome["comparisons"] if c["against"] == CONTROL), None)
-    if entry is None or entry["mitigation_difference"] is None:
+    if entry is None:
         return "The learned mask was not compared with random masks of the same parameter share."
+    if entry["mitigation_difference"] is None:
+        return "No illegal class counts, so the learned mask cannot be compared with random masks."
     parts = []
     for field, words in (("mitigation", "mitigation"), ("legal_impact", "legal impact")):
         value, interval = entry[f"{field}_difference"], entry[f"{field}_difference_ci"]

@@ -24,7 +24,7 @@ from raygard.config import UNREADABLE, RunConfig, config_hash, flatten
 from raygard.errors import RaygardError
 from raygard.files import readable_disk_errors, write_text
 
-SUCCESS, INPUTS = "_SUCCESS.json", "_inputs.json"
+SUCCESS, INPUTS, CONFIG = "_SUCCESS.json", "_inputs.json", "config.yaml"
 VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
 MIN_FREE_BYTES = 200 * 1024 * 1024
 
@@ -33,31 +33,37 @@ class RunDirectory:
     """Resolved configuration, stages and outputs of one run."""
 
     def __init__(self, path: str | Path, config: RunConfig) -> None:
-        """Open or create a run directory.
-
-        Raises RaygardError if it belongs to another configuration, is not a run directory, or the disk is full.
-        """
+        """Open or create a run directory. Raises RaygardError as `check` does."""
         self.path = Path(path).resolve()
         self.config = config
-        existing = self.path / "config.yaml"
+        self.check(self.path, config)
         with readable_disk_errors(self.path):
-            if existing.exists():
-                _refuse_other_config(existing, config)
-            elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-                raise RaygardError(f"{self.path} is not empty and is not a raygard run; choose another --out")
-            free = shutil.disk_usage(_existing(self.path)).free
-            if free < MIN_FREE_BYTES:
-                raise RaygardError(
-                    f"{self.path}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
-                )
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(existing, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_text(self.path / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             self._info = self._read_info()
             self.note(
                 raygard_version=raygard.__version__,
                 versions={**_versions(), "python": platform.python_version()},
                 config_hash=config_hash(config),
             )
+
+    @staticmethod
+    def check(path: str | Path, config: RunConfig) -> None:
+        """Raise RaygardError if `path` holds another configuration, is no run directory, or the disk is full.
+
+        Writes nothing.
+        """
+        folder = Path(path).resolve()
+        with readable_disk_errors(folder):
+            if (folder / CONFIG).exists():
+                _refuse_other_config(folder / CONFIG, config)
+            elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
+                raise RaygardError(f"{folder} is not empty and is not a raygard run; choose another --out")
+            free = shutil.disk_usage(_existing(folder)).free
+            if free < MIN_FREE_BYTES:
+                raise RaygardError(
+                    f"{folder}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
+                )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -12,7 +12,7 @@ import numpy as np
 from raygard.config import DomainConfig, ModelConfig, RunConfig, load_config
 from raygard.errors import RaygardError, nearest
 from raygard.files import readable_disk_errors, write_text
-from raygard.imagefolder import SUFFIXES, read_entries, read_picture, read_pixels, resolve_data
+from raygard.imagefolder import SUFFIXES, has_column, read_entries, read_picture, read_pixels, resolve_data
 from raygard.progress import Progress
 
 
@@ -31,18 +31,29 @@ def adapt_model(
     process saves and gets the facts, the others get None.
     Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty.
     """
-    from accelerate import PartialState
-
     from raygard.adaptation import get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
     from raygard.diffusion.loss import DiffusionLoss
-    from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
+    from raygard.diffusion.model import (
+        load_noise_scheduler,
+        load_pipeline,
+        load_unet,
+        model_folder,
+        with_resolution,
+    )
     from raygard.domain import load_domain
     from raygard.mask import FreezeMask
 
     _refuse_filled(out)
+    method = get_adaptation(config.adapt.method)
     mask = FreezeMask.load(mask_path) if mask_path is not None else None
-    domain = load_domain(_all_general(config.domain, str(data), classes))
+    domain_config = _all_general(config.domain, str(data), classes)
+    domain = load_domain(domain_config)
+    model_folder(config.model)
+    domain_config = with_resolution(domain_config, config.model)
+
+    from accelerate import PartialState
+
     parts = [(cls, "general") for cls in domain.general]
     state = PartialState()
     with readable_disk_errors(out), tempfile.TemporaryDirectory(prefix="raygard-") as cache:
@@ -50,11 +61,10 @@ def adapt_model(
         unet = load_unet(config.model)
         if mask is not None:
             mask.check_model({name: tuple(parameter.shape) for name, parameter in unet.named_parameters()})
-        rows = load_cache(build_cache(config.model, config.domain, domain.view("user"), parts, cache))
+        rows = load_cache(build_cache(config.model, domain_config, domain.view("user"), parts, cache))
         loss = DiffusionLoss(
             load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma
         )
-        method = get_adaptation(config.adapt.method)
         with Progress(quiet or not state.is_main_process).bar(
             "fine-tune", config.adapt.max_train_steps
         ) as bar:
@@ -94,14 +104,15 @@ def _refuse_filled(out: Path) -> None:
 
 def _all_general(config: DomainConfig, data: str, classes: tuple[str, ...]) -> DomainConfig:
     """A user has no halves: all pictures of the chosen classes are training material."""
-    found = sorted(
-        {e.cls for e in read_entries(resolve_data(data), config.caption_column, config.class_column)}
-    )
+    folder, column = resolve_data(data), config.class_column
+    if column is not None and not has_column(folder, column):
+        column = None
+    found = sorted({entry.cls for entry in read_entries(folder, config.caption_column, column)})
     for cls in classes:
         if cls not in found:
             raise RaygardError(f"{data}: no pictures of class '{cls}'{nearest(cls, found)}")
     roles = {"illegal": (), "legal": (), "general": tuple(dict.fromkeys(classes)) or tuple(found)}
-    return config.model_copy(update={"data": data, **roles})
+    return config.model_copy(update={"data": data, "class_column": column, **roles})
 
 
 def generate_pictures(
@@ -114,14 +125,16 @@ def generate_pictures(
     from PIL import Image
 
     from raygard.diffusion.generate import generate
-    from raygard.diffusion.model import load_pipeline
+    from raygard.diffusion.model import load_pipeline, model_folder
 
     _refuse_filled(out)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise RaygardError("nothing to draw: give at least one caption, and no empty ones")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     config = load_config(None, [f"generation.{key}={value}" for key, value in settings.items()]).generation
-    pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=model))
+    source = ModelConfig(pretrained_model_name_or_path=model)
+    model_folder(source)
+    pipeline = load_pipeline(source)
     images = generate(pipeline, prompts, [f"{i}/{prompt}" for i, prompt in enumerate(prompts)], config, seed)
     paths = []
     with readable_disk_errors(out):

@@ -34,7 +34,15 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
         }
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ray.exceptions.RaySystemError, RuntimeError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise
+        raise RaygardError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); start it or unset RAY_ADDRESS"
+        ) from None
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raygard.config import DomainConfig, ModelConfig
-from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerprint
+from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerprint, with_resolution
 from raygard.domain import DomainView, Picture
 from raygard.errors import RaygardError
 from raygard.imagefolder import read_pixels
@@ -126,6 +126,7 @@ def build_cache(
     wins). Raises RaygardError for an unreadable model or picture and for a full disk, with nothing
     half-written left.
     """
+    domain = with_resolution(domain, model)
     rows = [(cls, part, picture) for cls, part in parts for picture in view.pictures(cls, part)]
     if not rows:
         raise RaygardError("no pictures to encode")
@@ -220,6 +221,7 @@ def _sound(folder: Path, key: str) -> bool:
 def _encode_pictures(
     model: ModelConfig, domain: DomainConfig, pictures: Sequence[Picture], device: str, batch_size: int
 ) -> dict[str, Tensor]:
+    assert domain.resolution is not None
     vae = load_vae(model).to(device).eval()
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     if domain.resolution % side:

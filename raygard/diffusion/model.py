@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raygard.config import ModelConfig
+from raygard.config import DomainConfig, ModelConfig
 from raygard.errors import RaygardError, nearest
 
 if TYPE_CHECKING:
@@ -218,3 +218,16 @@ def model_fingerprint(config: ModelConfig, part: str) -> str:
         with file.open("rb") as stream:
             lines.append(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def with_resolution(domain: DomainConfig, model: ModelConfig) -> DomainConfig:
+    """`domain` with the model's own resolution (sample_size times the autoencoder's factor) where it has none."""
+    if domain.resolution is not None:
+        return domain
+    folder = model_folder(model)
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RaygardError(f"{folder} does not say its resolution; set domain.resolution") from None
+    return domain.model_copy(update={"resolution": side})

@@ -49,12 +49,9 @@ def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mappi
 
     A base stored in higher precision is rounded to that dtype first: a fine-tune saved as float16 is compared
     with the float16 rounding of the base, and `compared_dtypes` says so.
-    Raises RaygardError naming the first tensor that is missing, has another shape, is stored as integers or is
-    unknown to the base (an adapter): then nothing can be certified.
+    Raises RaygardError naming the first tensor that is missing, has another shape or is stored as integers; and
+    if nothing moved, a tensor that the base does not have (an adapter): then nothing can be certified.
     """
-    extra = sorted(set(tuned) - set(base))
-    if extra:
-        raise RaygardError(f"the model has a tensor '{extra[0]}' that the base does not have; it cannot be certified")
     moved, dtypes = [], set()
     for name in frozen:
         for label, state in (("base", base), ("model", tuned)):
@@ -73,6 +70,9 @@ def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mappi
         if different.any():
             gap = (expected.double() - found.double()).abs().max()
             moved.append(MovedTensor(name, int(different.sum()), float(gap)))
+    extra = sorted(set(tuned) - set(base))
+    if extra and not moved:
+        raise RaygardError(f"the model has a tensor '{extra[0]}' that the base does not have; it cannot be certified")
     return AuditReport(len(frozen), len(tuned), tuple(sorted(dtypes)), tuple(moved))
 
 

@@ -244,6 +244,9 @@ def export(args: argparse.Namespace, device: torch.device) -> None:
     for config in fresh.rglob("config.json"):
         settings = json.loads(config.read_text())
         settings.pop("_name_or_path", None)
+        if "dtype" in settings:
+            # else transformers loads this part in half precision beside a float32 UNet
+            settings["dtype"] = "float32"
         config.write_text(json.dumps(settings, indent=2) + "\n")
     summary = {
         "step": state["step"],

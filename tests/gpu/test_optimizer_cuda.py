@@ -1,0 +1,38 @@
+"""The flat-shard optimizer on a CUDA device gives what it gives on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raygard.bilevel import BilevelOptimizer, ShardLayout
+from raygard.bilevel.rules import RuleSettings, make_rule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SIZES = {"a": 7, "b": 50_000, "c": 1, "d": 300_001, "e": 33}
+
+
+def run(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    total = sum(SIZES.values())
+    offsets = [sum(list(SIZES.values())[:i]) for i in range(len(SIZES))]
+    shard = torch.nn.Parameter(torch.empty(total, device=device))
+    rule = make_rule("budget", RuleSettings(len(SIZES), 0.4, 0.2, 0.05, 0.0, None, 0))
+    optimizer = BilevelOptimizer([shard], rule=rule, lr=1e-2)
+    rng = torch.Generator().manual_seed(0)
+    pre, ft = ({n: torch.randn(size, generator=rng) for n, size in SIZES.items()} for _ in range(2))
+    optimizer.bind([shard], ShardLayout.flat_slice(SIZES, offsets, 0, total), pre, ft)
+    for step in range(12):
+        optimizer.kind = "publisher" if step % 4 == 3 else "user"
+        shard.grad = torch.randn(total, generator=rng).to(device)
+        optimizer.step()
+    return optimizer.logits, shard.detach().cpu()
+
+
+def test_cuda_equals_cpu() -> None:
+    on_cpu, on_cuda = run("cpu"), run("cuda")
+    torch.testing.assert_close(on_cuda[0], on_cpu[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(on_cuda[1], on_cpu[1], rtol=1e-4, atol=1e-4)
