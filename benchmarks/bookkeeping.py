@@ -44,9 +44,7 @@ def timed(run: Callable[[], Any], repeats: int, device: str) -> float:
     return statistics.median(times[2:])
 
 
-def flat_version(
-    sizes: list[int], pre: Tensor, ft: Tensor, device: str
-) -> tuple[BilevelOptimizer, torch.nn.Parameter]:
+def flat_version(sizes: list[int], pre: Tensor, ft: Tensor, device: str) -> tuple[BilevelOptimizer, torch.nn.Parameter]:
     """raygard's optimizer on one flat shard, as under ZeRO-1/2 with one process."""
     names = {f"t{i}": size for i, size in enumerate(sizes)}
     offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
@@ -54,9 +52,7 @@ def flat_version(
     shard = torch.nn.Parameter(torch.empty(sum(sizes), device=device))
     rule = make_rule("budget", RuleSettings(len(sizes), RATIO, TEMPERATURE, 0.05, 0.0, None, 0))
     optimizer = BilevelOptimizer([shard], rule=rule, user_optimizer="sgd", lr=LR)
-    split = {
-        name: dict(zip(names, flat.split(sizes), strict=True)) for name, flat in (("pre", pre), ("ft", ft))
-    }
+    split = {name: dict(zip(names, flat.split(sizes), strict=True)) for name, flat in (("pre", pre), ("ft", ft))}
     optimizer.bind([shard], layout, split["pre"], split["ft"])
     return optimizer, shard
 
@@ -71,9 +67,7 @@ class LoopVersion:
         self.theta_d = {
             i: (a - b).clone() for i, (a, b) in enumerate(zip(pre.split(sizes), ft.split(sizes), strict=True))
         }
-        self.theta = {
-            i: (a - (1 - m[i].to(a)) * self.theta_d[i]).clone() for i, a in enumerate(pre.split(sizes))
-        }
+        self.theta = {i: (a - (1 - m[i].to(a)) * self.theta_d[i]).clone() for i, a in enumerate(pre.split(sizes))}
 
     def user(self, grads: list[Tensor]) -> None:
         for i in self.theta:
@@ -190,9 +184,7 @@ def main() -> None:
     ]
     print(f"{platform.processor() or platform.machine()}, {device}, torch {torch.__version__}, 1 thread")
     print(f"bundled model, forward + backward, batch {args.batch}: {1e3 * step:.1f} ms\n")
-    print(
-        f"{'model':22} {'step':10} {'flat ms':>9} {'loop ms':>9} {'faster':>7} {'copy limit ms':>14} {'of limit':>9}"
-    )
+    print(f"{'model':22} {'step':10} {'flat ms':>9} {'loop ms':>9} {'faster':>7} {'copy limit ms':>14} {'of limit':>9}")
     for result in results:
         for kind in ("user", "publisher"):
             row = result[kind]

@@ -36,19 +36,11 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. one of jobs/configs/.")]
-OutOption = Annotated[
-    Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")
-]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")
-]
+OutOption = Annotated[Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="diffusers directory or hub id.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")
-]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")
-]
+DataOption = Annotated[str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")]
 StageOption = Annotated[
     int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")
 ]
@@ -105,9 +97,7 @@ def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
 
 
 @app.command()
-def demo(
-    out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None, quiet: QuietOption = False
-) -> None:
+def demo(out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None, quiet: QuietOption = False) -> None:
     """The whole flow on the bundled model and domain, on two CPU cores, in minutes.
 
     Relearns, learns a mask with two Ray Train workers under DeepSpeed ZeRO-2, lets simulated users adapt to every
@@ -178,9 +168,7 @@ def adapt(
     out: Annotated[Path, typer.Option("--out", help="Folder for the fine-tuned pipeline.")],
     model: Annotated[str, typer.Option("--model", help="diffusers directory or hub id.")] = "zoo:tiny-sd",
     mask: Annotated[Path | None, typer.Option("--mask", help="Freeze mask to respect.")] = None,
-    cls: Annotated[
-        list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")
-    ] = None,
+    cls: Annotated[list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")] = None,
     config: ConfigOption = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and noise.")] = 0,
     overrides: OverridesArgument = None,
@@ -236,9 +224,7 @@ def score(
 
 @app.command()
 def audit(
-    base: Annotated[
-        Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")
-    ],
+    base: Annotated[Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")],
     model: Annotated[Path, typer.Option("--model", help="The fine-tuned model.")],
     mask: Annotated[Path, typer.Option("--mask", help="The released freeze mask.")],
     as_json: JsonOption = False,
@@ -257,9 +243,7 @@ def audit(
         dtypes = ", ".join(report.compared_dtypes)
         print(f"{report.num_frozen} frozen of {report.num_tensors} tensors, compared bit for bit as {dtypes}")
         for moved in report.moved:
-            print(
-                f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}"
-            )
+            print(f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}")
         print("the mask was kept" if report.ok else f"{len(report.moved)} frozen tensors were moved")
     if not report.ok:
         raise typer.Exit(EXIT_MOVED)

@@ -59,8 +59,8 @@ class DomainConfig(Section):
     )
     caption_column: str = "text"
     class_column: str | None = Field("class", description="null: a table without classes is one class, 'all'")
-    illegal: tuple[str, ...] = Field(("Fluent 3D", "OpenMoji"), min_length=1)
-    legal: tuple[str, ...] = Field(("Twemoji", "FxEmoji"), min_length=1)
+    illegal: tuple[str, ...] = Field(("OpenMoji", "Noto Line"), min_length=1)
+    legal: tuple[str, ...] = Field(("Fluent High Contrast", "EmojiOne Monotone"), min_length=1)
     general: tuple[str, ...] = Field(
         (), description="classes the base model was trained on; used only for its own loss"
     )

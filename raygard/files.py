@@ -19,9 +19,7 @@ FORBIDDEN = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 @contextmanager
 def readable_disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a forbidden folder into one line."""
-    full = (
-        f"no space left while writing {path}; free some and run the same command again (finished stages are kept)"
-    )
+    full = f"no space left while writing {path}; free some and run the same command again (finished stages are kept)"
     try:
         yield
     except SafetensorError as error:

@@ -66,9 +66,7 @@ class Flow:
         connect()
         self.dir = RunDirectory(out, config)
         self.dir.note(domain_counts=self.domain.counts(), model_sha256=self.model_hash)
-        self.tracker = Tracker.open(
-            config.tracking, self.dir.path, f"{config.domain.name}-{config_hash(config)}"
-        )
+        self.tracker = Tracker.open(config.tracking, self.dir.path, f"{config.domain.name}-{config_hash(config)}")
         self.parent: RunHandle = self.tracker.start(tags={"raygard.domain": config.domain.name})
         self.parent.params({**flatten(config), "config_hash": config_hash(config)})
 
@@ -319,9 +317,7 @@ class Flow:
         bar.advance(1, f"illegal {row['illegal_loss']:.4f}  legal {row['legal_loss']:.4f}")
         prefix = "" if what == "relearn" else f"{row['kind']}_"
         values = {f"{prefix}{k}": v for k, v in row.items() if k.endswith("_loss")}
-        values |= {
-            k: v for k, v in row.items() if k not in ("kind", "k", "l", "step") and not k.endswith("_loss")
-        }
+        values |= {k: v for k, v in row.items() if k not in ("kind", "k", "l", "step") and not k.endswith("_loss")}
         run.metrics(values, step=row["step"])
 
     def _track_job(self, runs: dict[str, RunHandle], result: dict[str, Any]) -> None:

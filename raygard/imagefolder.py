@@ -154,9 +154,7 @@ def _class_folders(folder: Path) -> list[Entry]:
                 inside = _inside(folder, root, name, str(folder))
                 entries.append(Entry(inside, directory.name.replace("_", " "), directory.name))
     if not entries:
-        raise RaygardError(
-            f"{folder} holds no {' or '.join(METADATA)} and no folder for each class (domain.data)"
-        )
+        raise RaygardError(f"{folder} holds no {' or '.join(METADATA)} and no folder for each class (domain.data)")
     return entries
 
 

@@ -172,9 +172,7 @@ def _index(results: Sequence[Mapping[str, Any]], listed: Sequence[str]) -> Table
     for name in roles:
         for defence in (BASE, NONE):
             if (defence, name) not in found:
-                raise RaygardError(
-                    f"class '{name}' has no result for '{defence}', the yardstick of `blocked`"
-                )
+                raise RaygardError(f"class '{name}' has no result for '{defence}', the yardstick of `blocked`")
         lengths = {len(d) for (_, cls), cells in found.items() if cls == name for d in cells.values()}
         if len(lengths) != 1:
             raise RaygardError(f"class '{name}' has differing numbers of pictures: {sorted(lengths)}")
@@ -192,9 +190,7 @@ def _index(results: Sequence[Mapping[str, Any]], listed: Sequence[str]) -> Table
         defences=defences,
         masks=masks,
         seeds=seeds,
-        cells={
-            (d, c): _cells(found[d, c], masks[d], seeds) for d in defences for c in roles if (d, c) in found
-        },
+        cells={(d, c): _cells(found[d, c], masks[d], seeds) for d in defences for c in roles if (d, c) in found},
         base={name: np.mean(list(found[BASE, name].values()), axis=0) for name in roles},
     )
 
@@ -342,9 +338,7 @@ def _interval(samples: Array) -> list[float] | None:
     return [float(v) for v in np.percentile(finite, (2.5, 97.5))] if len(finite) else None
 
 
-def _compare(
-    summary: Sequence[Mapping[str, Any]], samples: Mapping[tuple[str, str], Array]
-) -> list[dict[str, Any]]:
+def _compare(summary: Sequence[Mapping[str, Any]], samples: Mapping[tuple[str, str], Array]) -> list[dict[str, Any]]:
     by_name = {s["defence"]: s for s in summary}
     comparisons = []
     for other in by_name:

@@ -87,9 +87,7 @@ class _State:
             try:
                 self.data.update(json.loads(self.path.read_text(encoding="utf-8")))
             except (OSError, ValueError) as error:
-                raise RaygardError(
-                    f"cannot read {self.path}: {error}; delete it to start new MLflow runs"
-                ) from None
+                raise RaygardError(f"cannot read {self.path}: {error}; delete it to start new MLflow runs") from None
 
     def save(self) -> None:
         _write_json(self.path, self.data)
@@ -217,9 +215,7 @@ class RunHandle:
         decides by file type (images, npz and html do), so a plot says False.
         Raises RaygardError if `path` does not exist or `folder` is absolute or holds `..`.
         """
-        if folder is not None and (
-            PurePosixPath(folder).is_absolute() or re.search(r"(^|[/\\])\.\.([/\\]|$)", folder)
-        ):
+        if folder is not None and (PurePosixPath(folder).is_absolute() or re.search(r"(^|[/\\])\.\.([/\\]|$)", folder)):
             raise RaygardError(f"artifact folder '{folder}' must be relative and must not contain '..'")
         path = Path(path).resolve()
         if not path.exists():
@@ -257,9 +253,7 @@ def _now() -> int:
 class Tracker:
     """Connection of one raygard run to its MLflow store. Open it once, in the driver."""
 
-    def __init__(
-        self, run_dir: Path, run_name: str, *, enabled: bool = True, log_images: bool = True
-    ) -> None:
+    def __init__(self, run_dir: Path, run_name: str, *, enabled: bool = True, log_images: bool = True) -> None:
         self.run_dir, self.run_name = run_dir, run_name
         self.enabled, self.log_images = enabled, log_images
         self._store: _Store | None = None
@@ -336,9 +330,7 @@ class Tracker:
                     return
                 except _failures() as error:
                     if _refused(error, record):
-                        log.warning(
-                            "MLflow refused %s of '%s': %s", record["op"], record["run"], _first_line(error)
-                        )
+                        log.warning("MLflow refused %s of '%s': %s", record["op"], record["run"], _first_line(error))
                         return
                     self._give_up(error)
             _append(self.run_dir / SPOOL, record)
@@ -354,9 +346,7 @@ class Tracker:
     def _warn_dropped(self, names: list[str], step: int) -> None:
         if self.enabled and not self._warned:
             self._warned = True
-            log.warning(
-                "metrics that are not finite are not tracked, first at step %d: %s", step, ", ".join(names)
-            )
+            log.warning("metrics that are not finite are not tracked, first at step %d: %s", step, ", ".join(names))
 
 
 def _first_line(error: Exception) -> str:

@@ -62,12 +62,8 @@ def adapt_model(
         if mask is not None:
             mask.check_model({name: tuple(parameter.shape) for name, parameter in unet.named_parameters()})
         rows = load_cache(build_cache(config.model, domain_config, domain.view("user"), parts, cache))
-        loss = DiffusionLoss(
-            load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma
-        )
-        with Progress(quiet or not state.is_main_process).bar(
-            "fine-tune", config.adapt.max_train_steps
-        ) as bar:
+        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
+        with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
             result = method(
                 unet,
                 rows,

@@ -34,9 +34,7 @@ def make_tiny_sd(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     (source / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (source / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        vocab=str(source / "vocab.json"), merges=str(source / "merges.txt"), model_max_length=8
-    )
+    tokenizer = CLIPTokenizer(vocab=str(source / "vocab.json"), merges=str(source / "merges.txt"), model_max_length=8)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1,

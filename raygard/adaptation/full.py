@@ -157,9 +157,7 @@ def _lr_scheduler(config: AdaptConfig, optimizer: torch.optim.Optimizer, num_pro
 
     known = sorted({kind.value for kind in SchedulerType} - {SchedulerType.PIECEWISE_CONSTANT.value})
     if config.lr_scheduler not in known:
-        raise RaygardError(
-            f"unknown adapt.lr_scheduler '{config.lr_scheduler}'{nearest(config.lr_scheduler, known)}"
-        )
+        raise RaygardError(f"unknown adapt.lr_scheduler '{config.lr_scheduler}'{nearest(config.lr_scheduler, known)}")
     # accelerate advances a prepared scheduler once for each process at every optimizer step.
     return get_scheduler(
         config.lr_scheduler,

@@ -26,9 +26,7 @@ DEFENCES: dict[str, Choose | None] = {
 }
 
 
-def choose_frozen(
-    name: str, sizes: torch.Tensor, learned: torch.Tensor, rng: torch.Generator
-) -> torch.Tensor:
+def choose_frozen(name: str, sizes: torch.Tensor, learned: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Which tensors the defence `name` freezes: bool (N,).
 
     sizes: elements of each tensor, int64 (N,). learned: the learned mask, bool (N,), which sets the budget.

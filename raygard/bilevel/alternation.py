@@ -132,9 +132,7 @@ def alternate(
             yield run("publisher", upper, k, schedule.inner_steps, k)
 
 
-def _objective(
-    engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule
-) -> tuple[Tensor, Tensor, Tensor]:
+def _objective(engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
     losses = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
     illegal, legal = losses[batch.illegal].mean(), losses[~batch.illegal].mean()
     if kind == "user":

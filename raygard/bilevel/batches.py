@@ -69,11 +69,7 @@ class BatchSource:
             first = (micro * world_size + rank) * share
             illegal_slots = torch.arange(first, first + share)
             slots = torch.cat([illegal_slots, illegal_slots + half])
-            eps, noise, timesteps = draw(
-                self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:]
-            )
+            eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:])
             picked = rows[slots]
-            dealt.append(
-                Batch(self.data.latents(picked, eps), self.data.text[picked], noise, timesteps, slots < half)
-            )
+            dealt.append(Batch(self.data.latents(picked, eps), self.data.text[picked], noise, timesteps, slots < half))
         return dealt

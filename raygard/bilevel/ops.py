@@ -35,9 +35,7 @@ class Run:
 class SegmentOps:
     """Operations on one shard whose segments belong to tensors 0..N-1."""
 
-    def __init__(
-        self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
         self.num_tensors = num_tensors
         self.segments = tuple(segments)
         self.runs = [_run(group, device) for group in _group(segments, LARGE)]
@@ -81,9 +79,7 @@ class SegmentOps:
                 large_sums.append(dots[0].double() if len(dots) == 1 else torch.stack(dots).double().sum())
             else:
                 products = torch.mul(a.double(), b)
-                sums[run.tensors.to(sums.device)] += torch.segment_reduce(
-                    products, "sum", lengths=run.lengths
-                )
+                sums[run.tensors.to(sums.device)] += torch.segment_reduce(products, "sum", lengths=run.lengths)
         if large:
             sums[torch.tensor(large, device=sums.device)] += torch.stack(large_sums)
         return sums

@@ -50,9 +50,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len(self.param_groups) != 1:
-            raise ValueError(
-                "BilevelOptimizer takes one parameter group: the mask needs one vector of logits"
-            )
+            raise ValueError("BilevelOptimizer takes one parameter group: the mask needs one vector of logits")
         self.kind: StepKind = "user"
         self.rule = rule
         self.user_optimizer = user_optimizer

@@ -62,9 +62,7 @@ class ShardedTraining:
 
     def save(self, folder: Path, k: int) -> None:
         """Write this rank's files and a manifest of their hashes. Collective."""
-        self.engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False
-        )
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False)
         dist.barrier()
         files = {
             str(file.relative_to(folder)): _sha256(file)
@@ -131,9 +129,7 @@ def _find_shards(
     order = {id(parameter): name for name, parameter in parameters.items()}
     if stage == 3:
         if len(zero.fp32_partitioned_groups_flat) != 1:
-            raise RaygardError(
-                "ZeRO-3 made several sub-groups; raise zero_optimization.sub_group_size above the model"
-            )
+            raise RaygardError("ZeRO-3 made several sub-groups; raise zero_optimization.sub_group_size above the model")
         params = zero.fp16_groups[0]
         assert [order[id(p)] for p in params] == list(named_sizes)
         layout = ShardLayout.partitioned(named_sizes, [p.partition_numel() for p in params], dist.get_rank())
@@ -145,9 +141,7 @@ def _find_shards(
     return [shard], ShardLayout.flat_slice(named_sizes, offsets, start, shard.numel())
 
 
-def _check_layout(
-    shards: list[Tensor], layout: ShardLayout, full: Mapping[str, nn.Parameter], stage: int
-) -> None:
+def _check_layout(shards: list[Tensor], layout: ShardLayout, full: Mapping[str, nn.Parameter], stage: int) -> None:
     # A silent change of DeepSpeed's internal order would scramble the mask, so the layout is proven on the values.
     context: Any = contextlib.nullcontext()
     if stage == 3:
@@ -159,9 +153,7 @@ def _check_layout(
     for name, (start, piece) in layout.pieces(shards).items():
         expected = values[name].reshape(-1)[start : start + len(piece)]
         if not torch.equal(expected, piece.float()):
-            raise RaygardError(
-                f"this DeepSpeed release lays out '{name}' differently than raygard knows; use 0.19"
-            )
+            raise RaygardError(f"this DeepSpeed release lays out '{name}' differently than raygard knows; use 0.19")
 
 
 def cpu_environment() -> None:

@@ -125,9 +125,7 @@ def run_job(job_dict: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     if job.defence != "base":
         started = time.monotonic()
         data = _cache(inputs.cache)
-        loss = DiffusionLoss(
-            load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma
-        )
+        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
         adapt = get_adaptation(config.adapt.method)
         rows = data.subset(data.rows(job.cls, inputs.adapt_part))
         result = adapt(unet, rows, config.adapt, loss, mask=mask, seed=job.seed)

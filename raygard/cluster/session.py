@@ -41,7 +41,8 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
         if not address:
             raise
         raise RaygardError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); start it or unset RAY_ADDRESS"
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
+            "start it or unset RAY_ADDRESS"
         ) from None
     try:
         yield

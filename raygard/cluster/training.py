@@ -78,9 +78,7 @@ def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), **job},
-        torch_config=TorchConfig(
-            backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)
-        ),
+        torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=engine.num_workers,
             use_gpu=engine.use_gpu,

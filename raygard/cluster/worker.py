@@ -94,11 +94,7 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
     loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, b.snr_gamma)
 
     def factory(params: Iterable[Tensor], reduce: Callable[[Tensor], None]) -> BilevelOptimizer:
-        rule = (
-            None
-            if relearning
-            else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
-        )
+        rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
         return BilevelOptimizer(
             params,
             rule=rule,
@@ -133,10 +129,7 @@ def _sources(
     config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int
 ) -> tuple[BatchSource, BatchSource | None]:
     def source(part: str, stream: str, seed: int) -> BatchSource:
-        roles = [
-            [data.rows(cls, part) for cls in classes]
-            for classes in (config.domain.illegal, config.domain.legal)
-        ]
+        roles = [[data.rows(cls, part) for cls in classes] for classes in (config.domain.illegal, config.domain.legal)]
         return BatchSource(data, roles[0], roles[1], config.bilevel.train_batch_size, seed, stream)
 
     if relearning:
@@ -179,9 +172,7 @@ def _resume(training: ShardedTraining, checkpoint: Any, rank: int, world_size: i
 
 def _average(records: list[StepRecord], device: torch.device) -> list[dict[str, Any]]:
     """Mean of the losses over ranks, one row a step. Collective."""
-    losses = torch.tensor(
-        [[r.illegal_loss, r.legal_loss] for r in records], dtype=torch.float64, device=device
-    )
+    losses = torch.tensor([[r.illegal_loss, r.legal_loss] for r in records], dtype=torch.float64, device=device)
     dist.all_reduce(losses)
     means = (losses / dist.get_world_size()).tolist()
     return [

@@ -168,9 +168,7 @@ def load_cache(path: str | Path) -> LatentSet:
             f"cannot read {folder / ARRAYS}: {error.strerror}; delete the folder and run again"
         ) from None
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise RaygardError(
-            f"{folder / ARRAYS} is damaged (its hash is not the recorded one); delete the folder"
-        )
+        raise RaygardError(f"{folder / ARRAYS} is damaged (its hash is not the recorded one); delete the folder")
     try:
         arrays = load(data)
     except SafetensorError as error:
@@ -225,9 +223,7 @@ def _encode_pictures(
     vae = load_vae(model).to(device).eval()
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     if domain.resolution % side:
-        raise RaygardError(
-            f"domain.resolution {domain.resolution} must be a multiple of {side} for this model"
-        )
+        raise RaygardError(f"domain.resolution {domain.resolution} must be a multiple of {side} for this model")
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     means, stds = [], []
     for batch in _batches(pictures, batch_size):
@@ -283,9 +279,7 @@ def _publish(folder: Path, key: str, data: bytes, manifest: dict[str, Any]) -> N
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             megabytes = len(data) / 1e6
-            raise RaygardError(
-                f"no space left for the cache in {folder.parent}: {megabytes:.1f} MB needed"
-            ) from None
+            raise RaygardError(f"no space left for the cache in {folder.parent}: {megabytes:.1f} MB needed") from None
         raise RaygardError(f"cannot write the cache in {folder.parent}: {error.strerror or error}") from None
     finally:
         if temporary is not None:

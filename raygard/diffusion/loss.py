@@ -47,9 +47,7 @@ class DiffusionLoss:
     def num_timesteps(self) -> int:
         return int(self.scheduler.config.num_train_timesteps)
 
-    def per_sample(
-        self, unet: nn.Module, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor
-    ) -> Tensor:
+    def per_sample(self, unet: nn.Module, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mean over C, H, W of the squared error, times the SNR weight: float32 (B,).
 
         latents, noise: float32 (B, C, H, W). text: (B, L, D). timesteps: int64 (B,). All on the denoiser's
@@ -113,9 +111,7 @@ def held_out_loss(
     for number in range(num_draws):
         for start in range(0, len(data), batch_size):
             rows = torch.arange(start, min(start + batch_size, len(data)))
-            eps, noise, timesteps = draw(
-                seed, "held-out", number, rows.tolist(), data.shape, loss.num_timesteps
-            )
+            eps, noise, timesteps = draw(seed, "held-out", number, rows.tolist(), data.shape, loss.num_timesteps)
             errors = loss.per_sample(
                 unet,
                 data.latents(rows, eps).to(parameter.device),

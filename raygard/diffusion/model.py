@@ -110,9 +110,7 @@ def _weights(config: ModelConfig, folder: Path, part: str) -> dict[str, Any]:
         found = sorted((folder / part).glob("*.*.safetensors"))
         variant = found[0].name.split(".")[1] if found else None
     elif variant is not None and plain and not list((folder / part).glob(f"*.{variant}*")):
-        raise RaygardError(
-            f"{folder / part} holds no weights of variant '{variant}' (model.variant); leave it out"
-        )
+        raise RaygardError(f"{folder / part} holds no weights of variant '{variant}' (model.variant); leave it out")
     return {"variant": variant, "use_safetensors": True, "torch_dtype": torch.float32}
 
 
@@ -136,9 +134,7 @@ def load_vae(config: ModelConfig) -> Any:
 
     folder = model_folder(config)
     arguments = _weights(config, folder, "vae")
-    return _load(
-        "vae", folder, lambda: AutoencoderKL.from_pretrained(str(folder), subfolder="vae", **arguments)
-    )
+    return _load("vae", folder, lambda: AutoencoderKL.from_pretrained(str(folder), subfolder="vae", **arguments))
 
 
 def load_text_encoder(config: ModelConfig) -> tuple[Any, Any]:
@@ -148,9 +144,7 @@ def load_text_encoder(config: ModelConfig) -> tuple[Any, Any]:
     folder = model_folder(config)
     arguments = _weights(config, folder, "text_encoder")
     arguments["dtype"] = arguments.pop("torch_dtype")
-    tokenizer = _load(
-        "tokenizer", folder, lambda: CLIPTokenizer.from_pretrained(str(folder), subfolder="tokenizer")
-    )
+    tokenizer = _load("tokenizer", folder, lambda: CLIPTokenizer.from_pretrained(str(folder), subfolder="tokenizer"))
     encoder = _load(
         "text encoder",
         folder,
@@ -165,9 +159,7 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     from diffusers import DDPMScheduler
 
     folder = model_folder(config)
-    settings = _load(
-        "scheduler", folder, lambda: DDPMScheduler.load_config(str(folder), subfolder="scheduler")
-    )
+    settings = _load("scheduler", folder, lambda: DDPMScheduler.load_config(str(folder), subfolder="scheduler"))
     defaults: Any = inspect.signature(DDPMScheduler).parameters
     known = {key: settings[key] for key in defaults if key in settings}
     if config.prediction_type is not None:
@@ -226,7 +218,9 @@ def with_resolution(domain: DomainConfig, model: ModelConfig) -> DomainConfig:
         return domain
     folder = model_folder(model)
     try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+        unet, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae")
+        )
         side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         raise RaygardError(f"{folder} does not say its resolution; set domain.resolution") from None

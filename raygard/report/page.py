@@ -36,9 +36,7 @@ def build_report(run_dir: Path) -> Path:
     if not files.path.is_dir():
         raise RaygardError(f"no run directory at {files.path}")
     if not (files.config or files.run or files.outcome or files.mask or files.learn):
-        raise RaygardError(
-            f"{files.path} holds no raygard run: neither config.yaml, learn, mask nor outcome.json"
-        )
+        raise RaygardError(f"{files.path} holds no raygard run: neither config.yaml, learn, mask nor outcome.json")
     environment = Environment(
         loader=PackageLoader("raygard.report", "."),
         autoescape=True,
@@ -75,14 +73,11 @@ def _content(files: RunFiles) -> dict[str, Any]:
         "facts": _facts(files),
         "counts": files.run.get("domain_counts") or {},
         "name": files.path.resolve().name,
-        "domain": (outcome or files.mask or {}).get("domain")
-        or files.config.get("domain", {}).get("name", ""),
+        "domain": (outcome or files.mask or {}).get("domain") or files.config.get("domain", {}).get("name", ""),
         "missing": _missing(files),
         "label": plots.label,
     }
-    if outcome and any(
-        s["mitigation"] is not None and s["legal_impact"] is not None for s in outcome["summary"]
-    ):
+    if outcome and any(s["mitigation"] is not None and s["legal_impact"] is not None for s in outcome["summary"]):
         parts["tradeoff"] = _both(lambda theme: plots.tradeoff(outcome, theme))
     if outcome and any(s["defence"] != "none" for s in outcome["summary"]):
         parts["blocked"] = _both(lambda theme: plots.blocked(outcome, theme))
@@ -123,9 +118,7 @@ def headline(outcome: Mapping[str, Any]) -> str:
     )
     if freeze["legal_impact"] is None:
         return f"{text}; what it costs legal users could not be measured."
-    return (
-        f"{text} and {freeze['legal_impact']:.1%} {_percent(freeze['legal_impact_ci'])} of legal adaptation."
-    )
+    return f"{text} and {freeze['legal_impact']:.1%} {_percent(freeze['legal_impact_ci'])} of legal adaptation."
 
 
 def _percent(interval: Sequence[float] | None) -> str:
@@ -170,9 +163,7 @@ def _cards(files: RunFiles) -> list[tuple[str, str, str]]:
     saved = {row["defence"]: row for row in _savings(files.results)}
     if "freeze" in saved:
         own = saved["freeze"]
-        cards.append(
-            ("optimizer memory", own["bytes_share"], f"of full fine-tuning ({own['optimizer_bytes']})")
-        )
+        cards.append(("optimizer memory", own["bytes_share"], f"of full fine-tuning ({own['optimizer_bytes']})"))
     return cards
 
 

@@ -52,9 +52,7 @@ def _colour(defence: str, theme: int) -> str:
     return DEFENCE_COLOURS.get(defence, OTHER)[theme]
 
 
-def _figure(
-    width: float, height: float, theme: int, columns: int = 1, rows: int = 1
-) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, height: float, theme: int, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,9 +116,7 @@ def tradeoff(outcome: Mapping[str, Any], theme: int) -> bytes:
         )  # fmt: skip
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
-    _title(
-        axis, theme, x="legal impact (0: legal users notice nothing)", y="mitigation (1: as if never trained)"
-    )
+    _title(axis, theme, x="legal impact (0: legal users notice nothing)", y="mitigation (1: as if never trained)")
     _legend(axis, theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
@@ -169,9 +165,7 @@ def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
     return _png(figure)
 
 
-def losses(
-    relearn: Sequence[Mapping[str, Any]], learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int
-) -> bytes:
+def losses(relearn: Sequence[Mapping[str, Any]], learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> bytes:
     """Diffusion loss of illegal and legal pictures in relearning, in user steps and in publisher steps."""
     panels: list[tuple[str, str, dict[str, Sequence[Mapping[str, Any]]]]] = []
     if relearn:
@@ -189,9 +183,7 @@ def losses(
                 steps = [r["k"] if "publisher" in title else r["step"] for r in history]
                 values = np.array([r[f"{role}_loss"] for r in history], dtype=float)
                 axis.plot(steps, values, color=colours[theme], alpha=0.22, linewidth=0.9)
-                axis.plot(
-                    steps, smooth(values), color=colours[theme], linewidth=1.8, label=None if number else role
-                )
+                axis.plot(steps, smooth(values), color=colours[theme], linewidth=1.8, label=None if number else role)
         _title(axis, theme, title, x, "diffusion loss (MSE)" if index == 0 else "")
     _legend(axes[0], theme, loc="upper right")
     return _png(figure)
@@ -218,9 +210,7 @@ def soft_mask(learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> b
         for key, words, colours, style in lines:
             values = [r[key] for r in steps]
             left.plot(ks, values, style, color=colours[theme], linewidth=1.8, label=None if number else words)
-        right.plot(
-            ks, [r["rounding_gap"] for r in steps], color=DEFENCE_COLOURS["freeze"][theme], linewidth=1.8
-        )
+        right.plot(ks, [r["rounding_gap"] for r in steps], color=DEFENCE_COLOURS["freeze"][theme], linewidth=1.8)
     left.set_ylim(-0.02, 1.02)
     right.set_ylim(bottom=0)
     _title(left, theme, "how much is frozen", "publisher step k", "share")

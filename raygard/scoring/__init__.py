@@ -33,9 +33,7 @@ class Scorer(Protocol):
         """Embeddings (n, d) of pictures uint8 (n, H, W, 3)."""
         ...
 
-    def distances(
-        self, generated: NDArray[np.float32], references: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def distances(self, generated: NDArray[np.float32], references: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mean distance of each generated embedding (n, d) to the references (m, d): (n,)."""
         ...
 

@@ -50,15 +50,11 @@ class StyleEnLite0:
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeddings float32 (n, 544) of pictures uint8 (n, H, W, 3), scaled to 128 x 128 first."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise RaygardError(
-                f"expected pictures as uint8 (n, H, W, 3), found {images.dtype} {images.shape}"
-            )
+            raise RaygardError(f"expected pictures as uint8 (n, H, W, 3), found {images.dtype} {images.shape}")
         batches = [self._statistics(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)]
         return np.concatenate(batches) if batches else np.zeros((0, NUM_FEATURES), dtype=np.float32)
 
-    def distances(
-        self, generated: NDArray[np.float32], references: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def distances(self, generated: NDArray[np.float32], references: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mean cosine distance of each generated embedding (n, 544) to all references (m, 544): float32
         (n,)."""
         if len(references) == 0:

@@ -16,9 +16,20 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from raygard.zoo import ILLEGAL_STYLES, LEGAL_STYLES, PRETRAINING_STYLES
+from raygard.zoo import PRETRAINING_STYLES
 
 JOINT = " in the style of "
+# The styles of the domain when the tokenizer was made; styles added later fall into known pieces.
+TOKENIZER_STYLES = (
+    "Noto",
+    "Fluent Flat",
+    "EmojiOne",
+    "Fluent 3D",
+    "OpenMoji",
+    "Twemoji",
+    "FxEmoji",
+    "Fluent High Contrast",
+)
 LATENT_SCALE = 0.18215
 TOKENS = 24
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -59,7 +70,7 @@ def split(rows: list[Row], share: float = 0.05) -> tuple[list[int], list[int]]:
 def build_tokenizer(data: Path, rows: list[Row], folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer_config.json").exists():
         texts = (data / "concept_names.txt").read_text().splitlines() + [row.text for row in rows]
-        texts += [f"an emoji{JOINT}{style}" for style in PRETRAINING_STYLES + ILLEGAL_STYLES + LEGAL_STYLES] * 3
+        texts += [f"an emoji{JOINT}{style}" for style in TOKENIZER_STYLES] * 3
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
         bpe.normalizer = normalizers.Lowercase()
         bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Build the bundled domain `emoji_styles`: the same concepts drawn in eight styles.
+"""Build the bundled domain `emoji_styles`: the same concepts drawn in ten styles.
 
     python raygard/zoo/build_domain.py --out raygard/zoo/emoji_styles
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64
 FILL = 60
@@ -44,6 +44,13 @@ class Style:
 
 STYLES = (
     Style("emojione", "EmojiOne", "@iconify-json/emojione@1.2.3", "CC-BY-4.0", "iconify"),
+    Style(
+        "emojione_monotone",
+        "EmojiOne Monotone",
+        "@iconify-json/emojione-monotone@1.2.1",
+        "CC-BY-4.0",
+        "iconify",
+    ),
     Style("fluent_3d", "Fluent 3D", "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "package/assets/{lower}.webp"),
     Style(
         "fluent_high_contrast",
@@ -62,6 +69,14 @@ STYLES = (
         "package/img/google/64/{lower}.png",
         "package/README.md",
     ),
+    Style(
+        "noto_line",
+        "Noto Line",
+        "@expo-google-fonts/noto-emoji@0.4.7",
+        "OFL-1.1",
+        "package/400Regular/NotoEmoji_400Regular.ttf",
+        "package/LICENSE_FONT",
+    ),
     Style("openmoji", "OpenMoji", "openmoji@17.0.0", "CC-BY-SA-4.0", "package/color/svg/{upper}.svg"),
     Style(
         "twemoji",
@@ -76,6 +91,7 @@ STYLES = (
 # What a README that is not machine-readable has to say for the licence to hold.
 LICENCE_SENTENCES = {
     "noto": "Android/Google/Noto images, are available under the [Apache License 2.0]",
+    "noto_line": "SIL OPEN FONT LICENSE Version 1.1",
     "twemoji": "Twitter images are available under the [Creative Commons Attribution 4.0 license]",
 }
 
@@ -183,6 +199,26 @@ def file_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
     return lookup
 
 
+def font_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
+    font = ImageFont.truetype(io.BytesIO(read(archive, style.layout)), 256)
+
+    def lookup(concept: Concept) -> Image.Image | None:
+        text = "".join(chr(int(part, 16)) for part in concept.code.split("-") if part != "FE0F")
+        if len(text) > 1:
+            raise SystemExit(f"{concept.concept!r} is a sequence, which needs a text shaper")
+        picture = Image.new("RGBA", (512, 512))
+        ImageDraw.Draw(picture).text((256, 256), text, font=font, fill="black", anchor="mm")
+        return picture
+
+    return lookup
+
+
+def make_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
+    if style.layout == "iconify":
+        return iconify_lookup(style, archive)
+    return (font_lookup if style.layout.endswith(".ttf") else file_lookup)(style, archive)
+
+
 def read_concepts(table: Path, openmoji: tarfile.TarFile, datasource: tarfile.TarFile) -> list[Concept]:
     annotations = {e["hexcode"]: e["annotation"] for e in json.loads(read(openmoji, "package/data/openmoji.json"))}
     unicode_names = {
@@ -208,8 +244,7 @@ def build(out: Path, table: Path, packages: Path) -> None:
     lookups = {}
     for style in STYLES:
         check_licence(style, archives[style.slug])
-        make = iconify_lookup if style.layout == "iconify" else file_lookup
-        lookups[style.slug] = make(style, archives[style.slug])
+        lookups[style.slug] = make_lookup(style, archives[style.slug])
     rows = []
     for concept in read_concepts(table, archives["openmoji"], archives["noto"]):
         for style in STYLES:

@@ -40,9 +40,7 @@ def setting(root: Path, user_optimizer: str, seed: int = 0):
     ft = {name: p + 0.02 * torch.randn(p.shape, generator=rng) for name, p in pre.items()}
     data = load_cache(next((root / "cache").iterdir()))
     roles = [[data.rows(cls, "learn_lower") for cls in classes] for classes in (("a", "b"), ("c", "d"))]
-    sources = [
-        BatchSource(data, roles[0], roles[1], GLOBAL_BATCH, seed, stream) for stream in ("lower", "upper")
-    ]
+    sources = [BatchSource(data, roles[0], roles[1], GLOBAL_BATCH, seed, stream) for stream in ("lower", "upper")]
     sizes = torch.tensor([p.numel() for p in pre.values()])
 
     def factory(params, reduce=None):
@@ -60,9 +58,7 @@ def dense(root: Path, user_optimizer: str) -> dict[str, torch.Tensor]:
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
     parameters = dict(unet.named_parameters())
     optimizer = factory(list(parameters.values()))
-    optimizer.bind(
-        list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft
-    )
+    optimizer.bind(list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft)
     for _ in alternate(PlainEngine(module, optimizer), optimizer, *sources, Schedule(INNER, ROUNDS)):
         pass
     return {
@@ -143,7 +139,16 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
             os.system(f"cp -r {own}/. {folder}/")
             dist.barrier()
     newest = SimpleNamespace(path=str(folders[1]))
-    resumed = [sharded(root, stage, precision, user_optimizer, rounds=0, resume_with=lambda t: _resume(t, newest, dist.get_rank(), world))]
+    resumed = [
+        sharded(
+            root,
+            stage,
+            precision,
+            user_optimizer,
+            rounds=0,
+            resume_with=lambda t: _resume(t, newest, dist.get_rank(), world),
+        )
+    ]
     dist.barrier()
     for folder, victims in ((folders[1], "*optim_states.pt"), (folders[0], "*model_states.pt")):
         if dist.get_rank() == 0:
@@ -152,7 +157,14 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
         dist.barrier()
         try:
             resumed.append(
-                sharded(root, stage, precision, user_optimizer, rounds=0, resume_with=lambda t: _resume(t, newest, dist.get_rank(), world))
+                sharded(
+                    root,
+                    stage,
+                    precision,
+                    user_optimizer,
+                    rounds=0,
+                    resume_with=lambda t: _resume(t, newest, dist.get_rank(), world),
+                )
             )
         except ValueError as error:
             resumed.append({"error": str(error)})

@@ -39,7 +39,9 @@ def start(setting, out: Path) -> subprocess.Popen[str]:
     paths = [f"domain.data={setting.root / 'data'}", f"model.pretrained_model_name_or_path={setting.root / 'sd'}"]
     command = [sys.executable, "-m", "raygard.cli", "run", "--out", str(out), *paths, *SETTINGS]
     # A process group of its own, so that exactly what this test started can be ended.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
@@ -71,6 +73,12 @@ def test_same_command_again_finishes_and_repeats_nothing(setting, tmp_path) -> N
     for file, written in {**finished, **stages}.items():
         assert file.stat().st_mtime_ns == written, f"{file} was written again"
     outcome = json.loads((out / "outcome.json").read_text())
-    assert {row["defence"] for row in outcome["rows"]} == {"none", "freeze", "random", "random-matched", "largest-first"}
+    assert {row["defence"] for row in outcome["rows"]} == {
+        "none",
+        "freeze",
+        "random",
+        "random-matched",
+        "largest-first",
+    }
     assert (out / "report.html").stat().st_size > 10_000
     assert "mitigation" in output and str(out / "report.html") in output

@@ -48,9 +48,7 @@ def _pictures(rng: np.random.Generator, n: int, blur: float) -> np.ndarray:
     for i in range(n):
         near = np.random.default_rng(i)
         centre, radius, colour = near.uniform(24, 40, 2), near.uniform(14, 24), near.uniform(0, 220, 3)
-        inside = np.hypot(x - centre[0], y - centre[1]) < radius * (
-            1 + 0.15 * np.sin(5 * np.arctan2(y - 32, x - 32))
-        )
+        inside = np.hypot(x - centre[0], y - centre[1]) < radius * (1 + 0.15 * np.sin(5 * np.arctan2(y - 32, x - 32)))
         images[i][inside] = colour
     coarse = images[:, ::8, ::8].repeat(8, 1).repeat(8, 2) + rng.normal(0, 20, (n, 1, 1, 3))
     weight = min(1.0, blur)
@@ -79,8 +77,7 @@ def write_learning(run_dir: Path, rng: np.random.Generator) -> None:
     decay = 0.12 + 0.1 * np.exp(-np.arange(200) / 50)
     noise = rng.normal(0, 0.02, (2, 200))
     steps = [
-        {"step": i, "illegal_loss": d + noise[0, i], "legal_loss": 0.9 * d + noise[1, i]}
-        for i, d in enumerate(decay)
+        {"step": i, "illegal_loss": d + noise[0, i], "legal_loss": 0.9 * d + noise[1, i]} for i, d in enumerate(decay)
     ]
     _jsonl(run_dir / "relearn" / "history.jsonl", steps)
     history = []
@@ -132,9 +129,7 @@ def write_evaluation(run_dir: Path, rng: np.random.Generator, n: int = 24) -> No
         for defence in ("base", *SHARES):
             draws = [0, 1, 2] if defence.startswith("random") else [None]
             for draw in draws:
-                share = (
-                    STRENGTH[defence][role == "legal"] + rng.normal(0, 0.03) if defence in STRENGTH else 1.0
-                )
+                share = STRENGTH[defence][role == "legal"] + rng.normal(0, 0.03) if defence in STRENGTH else 1.0
                 if defence == "none":
                     share = 0.0
                 distances = full + share * (base - full) + shared + rng.normal(0, 0.01, n)

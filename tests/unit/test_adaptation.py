@@ -49,9 +49,7 @@ def test_frozen_tensors_keep_their_bits_and_cost_no_state(tiny_model: ModelConfi
     trainable = 0
     for name, parameter in unet.named_parameters():
         if name in frozen:
-            assert (
-                torch.equal(parameter, base[name]) and parameter.grad is None and not parameter.requires_grad
-            )
+            assert torch.equal(parameter, base[name]) and parameter.grad is None and not parameter.requires_grad
         else:
             trainable += parameter.numel()
     moved = [name for name, p in unet.named_parameters() if not torch.equal(p, base[name])]
@@ -117,9 +115,7 @@ def test_learning_rate_schedule_is_followed(tiny_model: ModelConfig) -> None:
     unet, _ = adapted(tiny_model, still)
     for name, parameter in unet.named_parameters():
         torch.testing.assert_close(parameter, base[name], rtol=0, atol=1e-9)
-    with pytest.raises(
-        RaygardError, match=r"unknown adapt\.lr_scheduler 'constnat'; did you mean 'constant'"
-    ):
+    with pytest.raises(RaygardError, match=r"unknown adapt\.lr_scheduler 'constnat'; did you mean 'constant'"):
         adapted(tiny_model, SETTINGS.model_copy(update={"lr_scheduler": "constnat"}))
 
 
@@ -169,9 +165,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_model: ModelConfig, t
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     world, losses = json.loads(out.with_suffix(".json").read_text())
-    single, result = adapted(
-        tiny_model, SETTINGS.model_copy(update={"train_batch_size": 4}), frozen=["conv_in.weight"]
-    )
+    single, result = adapted(tiny_model, SETTINGS.model_copy(update={"train_batch_size": 4}), frozen=["conv_in.weight"])
     assert world == 2
     torch.testing.assert_close(losses, result.losses, rtol=1e-4, atol=1e-6)
     for name, value in load_file(out.with_suffix(".safetensors")).items():

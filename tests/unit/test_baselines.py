@@ -22,9 +22,7 @@ def test_choice_depends_on_the_generator_alone(name: str) -> None:
     first = choose_frozen(name, sizes, learned, generator(0, "mask", 1))
     assert first.dtype == torch.bool and first.shape == sizes.shape
     assert torch.equal(first, choose_frozen(name, sizes, learned, generator(0, "mask", 1)))
-    assert torch.equal(first, choose_frozen(name, sizes, learned, generator(0, "mask", 2))) == (
-        name == "largest-first"
-    )
+    assert torch.equal(first, choose_frozen(name, sizes, learned, generator(0, "mask", 2))) == (name == "largest-first")
 
 
 def test_random_and_largest_first_freeze_as_many_tensors_as_learned() -> None:
@@ -37,9 +35,7 @@ def test_random_and_largest_first_freeze_as_many_tensors_as_learned() -> None:
 
 
 def test_largest_first_breaks_ties_by_index() -> None:
-    frozen = choose_frozen(
-        "largest-first", torch.tensor([5, 7, 5, 5]), torch.tensor([1, 1, 0, 0]).bool(), generator(0)
-    )
+    frozen = choose_frozen("largest-first", torch.tensor([5, 7, 5, 5]), torch.tensor([1, 1, 0, 0]).bool(), generator(0))
     assert frozen.tolist() == [True, True, False, False]
 
 
@@ -57,9 +53,7 @@ def test_random_matched_meets_the_share_of_parameters_within_one_percent(draw: i
 def test_random_matched_with_one_dominating_tensor_gets_as_near_as_the_sizes_allow() -> None:
     sizes = torch.tensor([1000, 10, 10, 10])
     for draw in range(4):
-        frozen = choose_frozen(
-            "random-matched", sizes, torch.tensor([True, False, False, False]), generator(draw)
-        )
+        frozen = choose_frozen("random-matched", sizes, torch.tensor([True, False, False, False]), generator(draw))
         assert int(sizes[frozen].sum()) == 1000
 
 

@@ -59,10 +59,7 @@ class Reference:
                 self.first[n] = 0.9 * self.first[n] + 0.1 * g
                 self.second[n] = 0.999 * self.second[n] + 0.001 * g * g
                 corrected = self.first[n] / (1 - 0.9**self.t)
-                g = (
-                    corrected / ((self.second[n] / (1 - 0.999**self.t)).sqrt() + 1e-8)
-                    + self.weight_decay * self.ft[n]
-                )
+                g = corrected / ((self.second[n] / (1 - 0.999**self.t)).sqrt() + 1e-8) + self.weight_decay * self.ft[n]
             self.ft[n] = self.ft[n] - LR * (1 - m[i]) * g
 
     def publisher(self, grads: dict[str, Tensor]) -> Tensor:
@@ -95,9 +92,7 @@ def layouts_for(kind: str, world_size: int) -> tuple[list[ShardLayout], list[lis
     if kind == "slice":
         offsets = [sum(list(SIZES.values())[:i]) for i in range(len(SIZES))]
         length = -(-(total + 5) // world_size)
-        layouts = [
-            ShardLayout.flat_slice(SIZES, offsets, rank * length, length) for rank in range(world_size)
-        ]
+        layouts = [ShardLayout.flat_slice(SIZES, offsets, rank * length, length) for rank in range(world_size)]
         return layouts, [[length]] * world_size
     parts = [-(-size // world_size) for size in SIZES.values()]
     layouts = [ShardLayout.partitioned(SIZES, parts, rank) for rank in range(world_size)]
@@ -145,9 +140,7 @@ def local_signal(optimizer: BilevelOptimizer) -> Tensor:
 
 @pytest.mark.parametrize(("user_optimizer", "decay"), [("sgd", 0.0), ("adamw", 0.0), ("adamw", 0.1)])
 @pytest.mark.parametrize("rule", sorted(RULES))
-@pytest.mark.parametrize(
-    ("kind", "world_size"), [("dense", 1), ("slice", 1), ("slice", 3), ("part", 2), ("part", 4)]
-)
+@pytest.mark.parametrize(("kind", "world_size"), [("dense", 1), ("slice", 1), ("slice", 3), ("part", 2), ("part", 4)])
 def test_equals_equations(kind: str, world_size: int, rule: str, user_optimizer: str, decay: float) -> None:
     optimizers, reference = run_world(kind, world_size, rule, user_optimizer, decay)
     theta = assemble([o.layout.pieces(o.shards()) for o in optimizers], SHAPES)

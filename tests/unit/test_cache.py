@@ -71,9 +71,7 @@ def test_subset_keeps_rows_together(built: Path) -> None:
     data = load_cache(built)
     part = data.subset([13, 2])
     assert part.captions == [data.captions[13], data.captions[2]] and part.parts == ["reference", "adapt"]
-    assert torch.equal(part.mean, data.mean[[13, 2]]) and torch.equal(
-        part.text[:], data.text[torch.tensor([13, 2])]
-    )
+    assert torch.equal(part.mean, data.mean[[13, 2]]) and torch.equal(part.text[:], data.text[torch.tensor([13, 2])])
     assert part.rows("a").tolist() == [1] and part.rows("a", "reference").tolist() == []
 
 
@@ -84,9 +82,7 @@ def test_same_content_is_not_encoded_twice(
     elsewhere = tmp_path / "copied-model"
     shutil.copytree(tiny_sd, elsewhere)
     monkeypatch.setattr(cache_module, "load_vae", lambda _: pytest.fail("encoded again"))
-    again = build_cache(
-        ModelConfig(pretrained_model_name_or_path=str(elsewhere)), settings, view, PARTS, built.parent
-    )
+    again = build_cache(ModelConfig(pretrained_model_name_or_path=str(elsewhere)), settings, view, PARTS, built.parent)
     assert again == built
 
 

@@ -54,5 +54,7 @@ def test_links_between_documents_exist() -> None:
 
 
 def test_files_named_in_the_readme_exist() -> None:
-    for path in re.findall(r"`((?:raygard|jobs|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()):
+    for path in re.findall(
+        r"`((?:raygard|jobs|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()
+    ):
         assert (ROOT / path).exists(), path

@@ -194,9 +194,7 @@ def test_empty_caption_and_broken_json_name_the_line(imagefolder: Maker) -> None
         load_domain(config(folder))
 
 
-def test_unreadable_truncated_and_huge_pictures_are_named(
-    imagefolder: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_truncated_and_huge_pictures_are_named(imagefolder: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = imagefolder({"a": 12, "b": 12})
     victim = folder / "a/003.png"
     whole = victim.read_bytes()
@@ -230,9 +228,7 @@ def test_one_picture_in_both_halves_of_two_classes_is_refused(imagefolder: Maker
     names = [picture.path.relative_to(folder).as_posix() for picture in of_user]
     rows = rows_of(folder)
     write_rows(folder, rows + [{"file_name": name, "text": "again", "class": "c"} for name in names])
-    with pytest.raises(
-        RaygardError, match="are the same picture, in the user half of class 'a' and the publisher"
-    ):
+    with pytest.raises(RaygardError, match="are the same picture, in the user half of class 'a' and the publisher"):
         load_domain(config(folder, illegal=("a", "c")))
 
 

@@ -22,9 +22,7 @@ def test_pictures_do_not_depend_on_the_batch_size(pipeline: object) -> None:
     whole = generate(pipeline, CAPTIONS, range(5), SETTINGS, seed=0)
     assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8
     for size in (1, 2):
-        parts = generate(
-            pipeline, CAPTIONS, range(5), SETTINGS.model_copy(update={"batch_size": size}), seed=0
-        )
+        parts = generate(pipeline, CAPTIONS, range(5), SETTINGS.model_copy(update={"batch_size": size}), seed=0)
         assert np.abs(whole.astype(int) - parts).max() <= 1
 
 

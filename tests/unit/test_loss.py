@@ -37,9 +37,7 @@ def test_epsilon_and_v_targets_are_equation_1() -> None:
     alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     targets = {"epsilon": noise, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * eps}
     for kind, target in targets.items():
-        found = DiffusionLoss(scheduler, kind).per_sample(
-            Constant(guess), eps, torch.zeros(5, 8, 16), noise, timesteps
-        )
+        found = DiffusionLoss(scheduler, kind).per_sample(Constant(guess), eps, torch.zeros(5, 8, 16), noise, timesteps)
         torch.testing.assert_close(found, (target - 0.3).square().flatten(1).mean(1))
 
 

@@ -238,9 +238,7 @@ def set_tensor(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"].update({VALUES: "0" * 64}), "values.safetensors is missing"),
     ],
 )
-def test_an_edited_manifest_is_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
-) -> None:
+def test_an_edited_manifest_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     folder = saved(tmp_path)
     edit(folder, change)
     assert message in refused(folder)
@@ -310,9 +308,7 @@ def test_files_of_another_mask_are_refused(tmp_path: Path) -> None:
         ({"mask": None}, "'mask' must hold 4"),
     ],
 )
-def test_arrays_of_the_wrong_form_are_refused(
-    tmp_path: Path, arrays: dict[str, Tensor | None], message: str
-) -> None:
+def test_arrays_of_the_wrong_form_are_refused(tmp_path: Path, arrays: dict[str, Tensor | None], message: str) -> None:
     folder = saved(tmp_path)
     found = {**load_file(str(folder / ARRAYS)), **arrays}
     save_file({key: value for key, value in found.items() if value is not None}, str(folder / ARRAYS))

@@ -12,9 +12,7 @@ from raygard.errors import RaygardError
 from raygard.outcome import build_outcome, compare_sentence, format_table
 
 ROLE = {"A": "illegal", "B": "illegal", "C": "legal"}
-CONFIG = load_config(
-    overrides=["domain.illegal=[A,B]", "domain.legal=[C]", "evaluation.bootstrap_samples=400"]
-)
+CONFIG = load_config(overrides=["domain.illegal=[A,B]", "domain.legal=[C]", "evaluation.bootstrap_samples=400"])
 
 
 def result(defence, cls, distances, *, draw=None, mask_seed=None, seed=0, share=0.0, role=None):
@@ -51,9 +49,7 @@ def of(outcome, defence):
 
 
 def test_formulas_by_hand():
-    outcome = build_outcome(
-        study({"A": 0.5, "B": 0.5, "C": 0.25}), CONFIG, {"none": 1.5}, direction="distance"
-    )
+    outcome = build_outcome(study({"A": 0.5, "B": 0.5, "C": 0.25}), CONFIG, {"none": 1.5}, direction="distance")
     freeze = of(outcome, "freeze")
     assert freeze["mitigation"] == pytest.approx((0.4 + 0.1) / (0.8 + 0.4))
     assert freeze["legal_impact"] == pytest.approx(0.05 / 0.5)
@@ -146,9 +142,7 @@ def noisy(rng, truth=0.4, draws=4, seeds=3, n=24):
         shared = rng.normal(0, 0.05, n)
         results.append(result("base", cls, 1.0 + shared + rng.normal(0, 0.02, n)))
         for seed in range(seeds):
-            results.append(
-                result("none", cls, 0.2 + shared + rng.normal(0, 0.01) + rng.normal(0, 0.02, n), seed=seed)
-            )
+            results.append(result("none", cls, 0.2 + shared + rng.normal(0, 0.01) + rng.normal(0, 0.02, n), seed=seed))
     for draw in range(draws):
         shift = rng.normal(0, 0.05)
         for cls in ROLE:
@@ -162,9 +156,7 @@ def noisy(rng, truth=0.4, draws=4, seeds=3, n=24):
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(7)
-    config = CONFIG.model_copy(
-        update={"evaluation": CONFIG.evaluation.model_copy(update={"bootstrap_samples": 200})}
-    )
+    config = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"bootstrap_samples": 200})})
     hits, widths = 0, []
     for _ in range(40):
         summary = of(build_outcome(noisy(rng, draws=10), config, {}, direction="distance"), "random")

@@ -155,8 +155,7 @@ def test_grid_places_columns_and_rows():
     from PIL import Image
 
     columns = [
-        np.full((3, 8, 8, 3), 40 * c, np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
-        for c in (1, 2)
+        np.full((3, 8, 8, 3), 40 * c, np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None] for c in (1, 2)
     ]
     sheet = np.asarray(Image.open(BytesIO(picture_grid(columns))))
     cell = sheet.shape[0] // 3

@@ -138,13 +138,11 @@ def test_a_damaged_mark_means_not_finished(tmp_path: Path, text: str) -> None:
     [
         ("mask.freeze_ratio=0.5", "mask.freeze_ratio was 0.3, now 0.5"),
         ("seed=1", "seed was 0, now 1"),
-        ("domain.illegal=[x, y]", "domain.illegal was 'Fluent 3D,OpenMoji', now 'x,y'"),
+        ("domain.illegal=[x, y]", "domain.illegal was 'OpenMoji,Noto Line', now 'x,y'"),
         ("bilevel.snr_gamma=5", "bilevel.snr_gamma was None, now 5.0"),
     ],
 )
-def test_another_configuration_is_refused_and_nothing_is_touched(
-    tmp_path: Path, override: str, message: str
-) -> None:
+def test_another_configuration_is_refused_and_nothing_is_touched(tmp_path: Path, override: str, message: str) -> None:
     work(RunDirectory(tmp_path, CONFIG), "learn", {})
     before = files(tmp_path)
     assert message in refused(tmp_path, load_config(None, [override]))
@@ -282,4 +280,4 @@ def test_safetensors_on_a_full_disk_is_one_line(small_disk: Path) -> None:
 def test_the_configuration_on_disk_is_plain_yaml(tmp_path: Path) -> None:
     RunDirectory(tmp_path, CONFIG)
     data = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert data["mask"]["freeze_ratio"] == 0.3 and data["domain"]["illegal"] == ["Fluent 3D", "OpenMoji"]
+    assert data["mask"]["freeze_ratio"] == 0.3 and data["domain"]["illegal"] == ["OpenMoji", "Noto Line"]

@@ -22,9 +22,7 @@ def test_is_a_valid_schema(name):
 
 
 def test_regenerate_writes_every_schema(tmp_path):
-    assert {path.name for path in schemas.write(tmp_path)} == {
-        f"{name}.schema.json" for name in schemas.NAMES
-    }
+    assert {path.name for path in schemas.write(tmp_path)} == {f"{name}.schema.json" for name in schemas.NAMES}
 
 
 def test_saved_mask_follows_its_schema(tmp_path):

