@@ -28,8 +28,8 @@ FP32 = [
 TORN = "torn2:2:no:adamw:torn"
 PLANS = {
     1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
-    2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2", "resume2:2:no:adamw:resume",
-        "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume"],
+    2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2",
+        "resume2:2:no:adamw:resume", "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume"],
     4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd"],
 }  # fmt: skip
 
