@@ -15,19 +15,19 @@ from torch import Tensor
 
 from raygard.bilevel.segments import Segment
 
-LARGE = 1 << 15
-# Below this a reduction by segments beats a dot product for each tensor; above it the dot product is vectorised.
-TINY = 1 << 10
+# From here on one operation for a tensor costs less than a factor for each of its elements.
+LARGE = 1 << 11
 # A float32 dot product adds up at most this many elements before its result goes to float64.
 CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring segments [start, stop) of a shard; one segment if it is large, else several."""
+    """Neighbouring segments [start, stop) of a shard: one large segment (`tensor`), or several (`tensor` None)."""
 
     start: int
     stop: int
+    tensor: int | None
     tensors: Tensor
     lengths: Tensor
 
@@ -35,53 +35,65 @@ class Run:
 class SegmentOps:
     """Operations on one shard whose segments belong to tensors 0..N-1."""
 
-    def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device
+    ) -> None:
         self.num_tensors = num_tensors
         self.segments = tuple(segments)
-        self.runs = [_run(group, device) for group in _group(segments, LARGE)]
-        self._dots = [_run(group, device) for group in _group(segments, TINY)]
+        self.runs = [_run(group, device) for group in _group(segments)]
+        small = [run.tensors for run in self.runs if run.tensor is None]
+        self._small = torch.cat(small).to(device) if small else torch.empty(0, dtype=torch.int64)
         inside = torch.zeros(num_elements, dtype=torch.bool)
         for s in segments:
             inside[s.shard_start : s.shard_start + s.length] = True
         self.padding = (~inside).nonzero().flatten().to(device)
         self._factors: dict[str, list[float | Tensor]] = {}
 
-    def set_factor(self, name: str, values: Tensor) -> None:
-        """Prepare one factor for each tensor (float64 (N,), CPU) for later use by `add_scaled`."""
+    def set_mask(self, soft: Tensor) -> None:
+        """Prepare the factors of a soft mask m, float64 (N,) on the CPU: m, 1 - m, (1 - m)^2, m - m_before."""
+        before = self._factors.get("soft")
+        scalars = soft.tolist()
         prepared: list[float | Tensor] = []
-        scalars = values.tolist()
         for run in self.runs:
-            if len(run.tensors) == 1:
-                prepared.append(scalars[int(run.tensors[0])])
+            if run.tensor is not None:
+                prepared.append(scalars[run.tensor])
             else:
-                factors = values[run.tensors].float().to(run.lengths.device)
-                prepared.append(torch.repeat_interleave(factors, run.lengths))
-        self._factors[name] = prepared
+                values = soft[run.tensors].float().to(run.lengths.device)
+                prepared.append(torch.repeat_interleave(values, run.lengths))
+        self._factors = {
+            "soft": prepared,
+            "keep": [1 - m for m in prepared],
+            "keep2": [(1 - m) ** 2 for m in prepared],
+            "change": [now - then for now, then in zip(prepared, before or prepared, strict=True)],
+        }
 
     def add_scaled(self, target: Tensor, source: Tensor, name: str, scale: float = 1.0) -> None:
         """target += scale * factor[tensor] * source, elementwise by segment; padding is not touched."""
         for run, factor in zip(self.runs, self._factors[name], strict=True):
             out, values = target[run.start : run.stop], source[run.start : run.stop]
-            if isinstance(factor, float):
-                out.add_(values, alpha=scale * factor)
-            else:
+            if isinstance(factor, Tensor):
                 out.addcmul_(values, factor, value=scale)
+            else:
+                out.add_(values, alpha=scale * factor)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """s_i = sum over my elements of tensor i of left * right: float64 (N,) on the shard's device (Eq 12)."""
         sums = torch.zeros(self.num_tensors, dtype=torch.float64, device=left.device)
-        large, large_sums = [], []
-        for run in self._dots:
+        large: list[int] = []
+        dots: list[Tensor] = []
+        small: list[Tensor] = []
+        for run in self.runs:
             a, b = left[run.start : run.stop], right[run.start : run.stop]
-            if len(run.tensors) == 1:
-                dots = [torch.dot(x, y) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)]
-                large.append(int(run.tensors[0]))
-                large_sums.append(dots[0].double() if len(dots) == 1 else torch.stack(dots).double().sum())
-            else:
-                products = torch.mul(a.double(), b)
-                sums[run.tensors.to(sums.device)] += torch.segment_reduce(products, "sum", lengths=run.lengths)
+            if run.tensor is None:
+                small.append(torch.segment_reduce(a.double().mul_(b), "sum", lengths=run.lengths))
+                continue
+            for start in range(0, len(a), CHUNK):
+                large.append(run.tensor)
+                dots.append(torch.dot(a[start : start + CHUNK], b[start : start + CHUNK]))
+        if small:
+            sums.index_add_(0, self._small, torch.cat(small))
         if large:
-            sums[torch.tensor(large, device=sums.device)] += torch.stack(large_sums)
+            sums.index_add_(0, torch.tensor(large, device=sums.device), torch.stack(dots).double())
         return sums
 
     def zero_padding(self, shard: Tensor) -> None:
@@ -89,15 +101,15 @@ class SegmentOps:
             shard[self.padding] = 0
 
 
-def _group(segments: Sequence[Segment], limit: int) -> list[list[Segment]]:
-    """Neighbours shorter than `limit` together, every other segment alone."""
+def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Neighbours shorter than LARGE together, every other segment alone."""
     groups: list[list[Segment]] = []
     for segment in segments:
         last = groups[-1][-1] if groups else None
         joins = (
             last is not None
-            and segment.length < limit
-            and last.length < limit
+            and segment.length < LARGE
+            and last.length < LARGE
             and last.shard_start + last.length == segment.shard_start
         )
         if joins:
@@ -110,4 +122,5 @@ def _group(segments: Sequence[Segment], limit: int) -> list[list[Segment]]:
 def _run(group: Sequence[Segment], device: torch.device) -> Run:
     tensors = torch.tensor([s.tensor for s in group])
     lengths = torch.tensor([s.length for s in group], device=device)
-    return Run(group[0].shard_start, group[-1].shard_start + group[-1].length, tensors, lengths)
+    alone = group[0].tensor if len(group) == 1 else None
+    return Run(group[0].shard_start, group[-1].shard_start + group[-1].length, alone, tensors, lengths)

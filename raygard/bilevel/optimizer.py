@@ -112,10 +112,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
                     part = slice(s.shard_start, s.shard_start + s.length)
                     theta[part] = theta_d[part]
                 theta_d.sub_(relearned)
-                ops.set_factor("bind", self._soft - 1)
-                ops.add_scaled(theta, theta_d, "bind")
+                ops.set_mask(self._soft)
+                ops.add_scaled(theta, theta_d, "keep", -1.0)
                 self.state[shard]["theta_d"] = theta_d
-        self._prepare_factors()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -177,27 +176,18 @@ class BilevelOptimizer(torch.optim.Optimizer):
         for shard in shards:
             signal += self._ops[shard].inner(_grad(shard), self.state[shard]["theta_d"])
         self._sum_over_ranks(signal)
-        before = self._soft
         signal = signal.cpu()
         self.rule.update(self._rule_state, signal)
         self._soft = self.rule.soft(self._rule_state)
         self.last["signal_norm"] = float(signal.norm())
         for shard in shards:
-            self._ops[shard].set_factor("change", self._soft - before)
+            self._ops[shard].set_mask(self._soft)
             self._ops[shard].add_scaled(shard.view(-1), self.state[shard]["theta_d"], "change")
-        self._prepare_factors()
 
     def _sum_over_ranks(self, values: Tensor) -> None:
         if self._reduce is not None and not self.layout.replicated:
             self._reduce(values)
             self.num_collectives += 1
-
-    def _prepare_factors(self) -> None:
-        keep = 1 - self._soft
-        for ops in self._ops.values():
-            ops.set_factor("soft", self._soft)
-            ops.set_factor("keep", keep)
-            ops.set_factor("keep2", keep**2)
 
     def theta_d(self) -> list[Tensor]:
         """theta_d of every shard, in the layout's order."""
@@ -240,7 +230,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self._rule_state = {key: value.clone() for key, value in state_dict["mask"].items()}
         if self.rule is not None:
             self._soft = self.rule.soft(self._rule_state)
-        self._prepare_factors()
+        for ops in self._ops.values():
+            ops.set_mask(self._soft)
 
 
 def _grad(shard: Tensor) -> Tensor:
