@@ -35,9 +35,7 @@ class Run:
 class SegmentOps:
     """Operations on one shard whose segments belong to tensors 0..N-1."""
 
-    def __init__(
-        self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
         self.num_tensors = num_tensors
         self.segments = tuple(segments)
         self.runs = [_run(group, device) for group in _group(segments)]

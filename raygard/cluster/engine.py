@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
 from raygard.config import BilevelConfig, EngineConfig
 from raygard.errors import RaygardError
+from raygard.files import sha256_file
 
 TAG = "state"
 
@@ -65,7 +65,7 @@ class ShardedTraining:
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False)
         dist.barrier()
         files = {
-            str(file.relative_to(folder)): _sha256(file)
+            str(file.relative_to(folder)): sha256_file(file)
             for file in sorted(folder.rglob("*"))
             if file.is_file() and not file.name.startswith("manifest-")
         }
@@ -161,11 +161,6 @@ def cpu_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def checkpoint_is_whole(folder: Path, rank: int, world_size: int) -> str | None:
     """Check the files this rank will read; return what is wrong, or None."""
     manifest_path = folder / f"manifest-{rank:05d}.json"
@@ -177,6 +172,6 @@ def checkpoint_is_whole(folder: Path, rank: int, world_size: int) -> str | None:
         return f"it was written by {manifest['world_size']} workers, this run has {world_size}"
     for name, digest in manifest["files"].items():
         file = folder / name
-        if not file.is_file() or _sha256(file) != digest:
+        if not file.is_file() or sha256_file(file) != digest:
             return f"{name} is missing or torn"
     return None

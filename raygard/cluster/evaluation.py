@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -234,9 +234,3 @@ def _references(path: str, cls: str, scorer: str) -> tuple[list[str], np.ndarray
     with np.load(path) as arrays:
         images = arrays[str(index["classes"].index(cls))]
     return index["captions"][cls], _scorer(scorer).embed(images)
-
-
-def iter_results(out: Path) -> Iterator[dict[str, Any]]:
-    """All finished jobs under `out`, ordered by id."""
-    for file in sorted(out.glob("*/result.json")):
-        yield json.loads(file.read_text(encoding="utf-8"))

@@ -9,8 +9,6 @@ Nothing is matched by position and nothing is pickled; loading checks all of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 
 import raygard
 from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors
+from raygard.files import readable_disk_errors, sha256_file
 from raygard.mask.audit import AuditReport, audit_states
 from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry
 from raygard.mask.weights import fingerprint, tensor_sha256
@@ -192,7 +190,7 @@ class FreezeMask:
         save_file({k: v.contiguous().clone() for k, v in arrays.items()}, str(folder / ARRAYS))
         if self.values:
             save_file({k: v.contiguous().clone() for k, v in self.values.items()}, str(folder / VALUES))
-        files = {file.name: _file_sha256(file) for file in sorted(folder.iterdir())}
+        files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -213,7 +211,7 @@ class FreezeMask:
             raise RaygardError(f"{folder / MANIFEST}: files must be {ARRAYS} and perhaps {VALUES}")
         for name, digest in manifest.files.items():
             file = folder / name
-            if not file.is_file() or _file_sha256(file) != digest:
+            if not file.is_file() or sha256_file(file) != digest:
                 raise RaygardError(f"{file} is missing or differs from the hash in {MANIFEST}; fetch the mask again")
         try:
             arrays = load_file(str(folder / ARRAYS))
@@ -312,13 +310,3 @@ def _problem(error: ValidationError) -> str:
 
 def _dtype_hint(tensor: Tensor, hint: str) -> str:
     return "" if tensor.dtype == torch.float32 else f" (it is {hint.format(str(tensor.dtype))})"
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_manifest_schema() -> dict[str, Any]:
-    """JSON Schema of mask.json, as shipped in raygard/schemas/."""
-    return json.loads((Path(raygard.__file__).parent / "schemas" / "mask.schema.json").read_text(encoding="utf-8"))
