@@ -31,6 +31,7 @@ from raygard.schemas.outcome import Outcome
 from raygard.seeding import derive_seed
 
 BASE, NONE, LEARNED, CONTROL = "base", "none", "freeze", "random-matched"
+SMALLEST_DISTANCE = 1e-12
 STANDARD_ERRORS = 3.0
 MIN_CLASSES_TO_RESAMPLE = 6
 ROLES = ("illegal", "legal")
@@ -251,7 +252,8 @@ def _summarise(
             worst = {"class": names[index], "blocked": float(blocked[index])}
         summary[field] = float((guarded - full).sum() / (base - full).sum()) if names else None
         summary[f"{field}_ci"] = _interval(samples[name, role]) if names else None
-        relative = bool(names) and bool((full != 0).all())
+        # A ratio to a distance of (almost) zero says nothing.
+        relative = bool(names) and bool((np.abs(full) > SMALLEST_DISTANCE).all())
         summary[f"relative_{role}"] = float((sign * (guarded / full - 1)).mean()) if relative else None
         summary[f"worst_{role}"] = worst
     return summary

@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from raygard.config import ModelConfig
 
 Maker = Callable[..., Path]
+
+# The same examples in every run: a test that fails now and then says nothing about a change.
+settings.register_profile("raygard", derandomize=True, print_blob=True)
+settings.load_profile("raygard")
 
 
 @pytest.fixture(autouse=True)
