@@ -122,8 +122,11 @@ def tradeoff(outcome: Mapping[str, Any], theme: int) -> bytes:
 
 
 def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
-    """Every adapted model as one dot: blocked share for each class and defence, means as bars."""
-    classes = [c["class"] for c in outcome["classes"]]
+    """Every adapted model as one dot: blocked share for each class and defence, means as bars.
+
+    Classes that do not count are left out, unless none counts: their shares are ratios to a gap of nearly zero.
+    """
+    classes = [c["class"] for c in outcome["classes"] if c["counted"]] or [c["class"] for c in outcome["classes"]]
     counted = {c["class"]: c["counted"] for c in outcome["classes"]}
     roles = {c["class"]: c["role"] for c in outcome["classes"]}
     defences = [s["defence"] for s in outcome["summary"] if s["defence"] != "none"]

@@ -7,10 +7,10 @@ style.
 Roles. The model is pretrained on three styles that between them cover shaded, flat and outlined-flat drawing, so that
 it knows every concept. The illegal styles are two ways of drawing with outlines: thick black lines around flat colour
 (OpenMoji) and thin line art (Noto Line). The legal styles are black pictograms (Fluent High Contrast, EmojiOne
-Monotone). All four are learnable within seconds and measurable: on the publisher half, 200 steps of full fine-tuning
-move the style distance by 4 to 10 standard errors. They also share black on white, so a defence that is not selective
-shows. Fluent 3D, Twemoji and FxEmoji are bundled for harder domains: their change stays within three standard errors
-at that length, so they would not count.
+Monotone). On the publisher half, 200 steps of full fine-tuning (3e-4) move the style distance by 4 (OpenMoji) to 10
+standard errors. They also share black on white, so a defence that is not selective shows. In the demo's shorter
+fine-tuning OpenMoji's change is visible but not measurable with the bundled scorer, and the outcome says so. Fluent 3D,
+Twemoji and FxEmoji are bundled for harder domains: their change stays within three standard errors.
 """
 
 from __future__ import annotations
