@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raygard.errors import RaygardError
+from raygard.files import sha256_file
 from raygard.mask import FreezeMask
 from raygard.mask import artifact as artifact_module
-from raygard.mask.artifact import ARRAYS, MANIFEST, VALUES, _file_sha256
+from raygard.mask.artifact import ARRAYS, MANIFEST, VALUES
 
 QUICK = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -44,7 +45,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def rehash(folder: Path) -> None:
     """Make the manifest agree with altered files, as a careful forger would."""
-    edit(folder, lambda m: m["files"].update({name: _file_sha256(folder / name) for name in m["files"]}))
+    edit(folder, lambda m: m["files"].update({name: sha256_file(folder / name) for name in m["files"]}))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
