@@ -37,7 +37,6 @@ class SegmentOps:
 
     def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
         self.num_tensors = num_tensors
-        self.segments = tuple(segments)
         self.runs = [_run(group, device) for group in _group(segments)]
         small = [run.tensors for run in self.runs if run.tensor is None]
         self._small = torch.cat(small).to(device) if small else torch.empty(0, dtype=torch.int64)

@@ -32,6 +32,7 @@ from raygard.config import DomainConfig, ModelConfig
 from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerprint, with_resolution
 from raygard.domain import DomainView, Picture
 from raygard.errors import RaygardError
+from raygard.files import sha256_file
 from raygard.imagefolder import read_pixels
 
 FORMAT_VERSION = 1
@@ -209,8 +210,7 @@ def _sound(folder: Path, key: str) -> bool:
     if manifest is None or manifest["key"] != key:
         return False
     try:
-        with (folder / ARRAYS).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == manifest["sha256"]
+        return sha256_file(folder / ARRAYS) == manifest["sha256"]
     except OSError:
         return False
 

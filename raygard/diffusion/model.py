@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raygard.config import DomainConfig, ModelConfig
 from raygard.errors import RaygardError, nearest
+from raygard.files import sha256_file
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -205,11 +206,8 @@ def model_fingerprint(config: ModelConfig, part: str) -> str:
     files = sorted({file for pattern in HASHED for file in folder.glob(pattern)})
     if not files:
         raise RaygardError(f"{folder.parent} has no part '{part}'")
-    lines = []
-    for file in files:
-        with file.open("rb") as stream:
-            lines.append(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    lines = "".join(f"{file.name} {sha256_file(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def with_resolution(domain: DomainConfig, model: ModelConfig) -> DomainConfig:
