@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from datetime import timedelta
@@ -124,6 +125,12 @@ def sharded(
     }
 
 
+def merge(own: Path, shared: Path) -> None:
+    """Copy this rank's files beside those of the others, which do the same at the same moment."""
+    # `cp -r` loses a rank's files when two of them make the same folder at once.
+    shutil.copytree(own, shared, dirs_exist_ok=True)
+
+
 def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int) -> dict[str, object]:
     """Save two checkpoints, truncate a file of the newer one, and see which one is resumed."""
     from types import SimpleNamespace
@@ -136,7 +143,7 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
         with tempfile.TemporaryDirectory() as own:
             sharded(root, stage, precision, user_optimizer, rounds=rounds, save=Path(own))
             folder.mkdir(parents=True, exist_ok=True)
-            os.system(f"cp -r {own}/. {folder}/")
+            merge(Path(own), folder)
             dist.barrier()
     newest = SimpleNamespace(path=str(folders[1]))
     resumed = [
@@ -198,7 +205,7 @@ def main() -> None:
                 half = sharded(root, stage, precision, user_optimizer, rounds=ROUNDS // 2, save=Path(own))
                 merged = root / f"merged-{name}-{world}"
                 merged.mkdir(exist_ok=True)
-                os.system(f"cp -r {own}/. {merged}/")
+                merge(Path(own), merged)
                 dist.barrier()
             results[name] = sharded(root, stage, precision, user_optimizer, resume=merged)
             results[name]["half"] = half["logits"]

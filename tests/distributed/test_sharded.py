@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,11 @@ def results(root: Path) -> dict[int, list[dict[str, dict]]]:
             )
             for rank in range(world)
         ]  # fmt: skip
-        outputs = [process.communicate(timeout=600)[0] for process in ranks]
-        for process, output in zip(ranks, outputs, strict=True):
-            assert process.returncode == 0, output[-4000:]
+        # The ranks wait for each other, so no pipe may fill while another is read.
+        with ThreadPoolExecutor(world) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=600)[0], ranks))
+        failed = [f"rank {rank}:\n{outputs[rank][-2500:]}" for rank in range(world) if ranks[rank].returncode]
+        assert not failed, "\n".join(failed)
         files = [root / f"world{world}-rank{rank}.pt" for rank in range(world)]
         found[world] = [torch.load(file, weights_only=False) for file in files]
     return found
