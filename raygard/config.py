@@ -96,6 +96,9 @@ class MaskConfig(Section):
 
     freeze_ratio: float = Field(0.3, gt=0, lt=1, description="p")
     budget: Literal["count", "params"] = Field("count", description="p counts tensors or parameters")
+    draw_ratios: tuple[float, ...] = Field(
+        (), description="p is drawn anew from these for each publisher step: one ranking, good at all of them"
+    )
     rule: str = Field("budget", description="update rule of the logits: budget, paper")
     temperature: float = Field(0.2, gt=0, le=100, description="T in m = sigmoid(w / T)")
     mask_lr: float | None = Field(None, gt=0, description="step size of the logits; null: the rule's default")
@@ -116,7 +119,21 @@ class MaskConfig(Section):
 
         if self.sparsity_weight is not None and not RULES[self.rule].uses_sparsity_weight:
             raise ValueError(f"mask.sparsity_weight has no effect with mask.rule={self.rule}; remove it")
+        if self.draw_ratios and not RULES[self.rule].draws_ratios:
+            raise ValueError(f"mask.draw_ratios has no effect with mask.rule={self.rule}; remove it")
         return self
+
+    @field_validator("draw_ratios")
+    @classmethod
+    def _ratios_in_range(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        return _ratios(ratios)
+
+
+def _ratios(values: tuple[float, ...]) -> tuple[float, ...]:
+    for value in values:
+        if not 0 < value < 1:
+            raise ValueError(f"a freeze ratio p lies between 0 and 1, got {value:g}")
+    return values
 
 
 class RelearnConfig(Section):
@@ -204,16 +221,22 @@ class EvaluationConfig(Section):
     adaptation_seeds: tuple[int, ...] = Field((0,), min_length=1)
     half: Literal["user", "publisher"] = Field("user", description="publisher: simulated users on the select part")
     bootstrap_samples: int = Field(2000, ge=100)
-    cpus_per_job: float = Field(1.0, gt=0)
+    cpus_per_job: float = Field(1.0, gt=0, description="of one adaptation task")
     gpus_per_job: float = Field(0.0, ge=0)
+    generators: int = Field(1, ge=1, description="actors that hold a warm pipeline each")
+    generator_cpus: float = Field(0.0, ge=0, description="0: shares the CPUs of the adaptations")
+    generator_gpus: float = Field(0.0, ge=0)
+    scorers: int = Field(1, ge=1, description="actors that hold one evaluation network each")
+    scorer_cpus: float = Field(0.0, ge=0)
+    scorer_gpus: float = Field(0.0, ge=0)
+    actor_threads: int = Field(1, ge=1, description="CPU threads of each generator and scorer")
+    max_attempts: int = Field(3, ge=1, description="after so many failures an item is reported and left out")
+    item_timeout_s: float = Field(600.0, gt=0, description="an actor silent for longer is replaced")
 
     @field_validator("defences", "mask_seeds", "adaptation_seeds")
     @classmethod
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        repeated = [value for index, value in enumerate(values) if value in values[:index]]
-        if repeated:
-            raise ValueError(f"names {repeated[0]!r} twice; once is enough")
-        return values
+        return _once(values)
 
     @field_validator("defences")
     @classmethod
@@ -226,6 +249,84 @@ class EvaluationConfig(Section):
         if "none" not in defences:
             raise ValueError("defences must contain 'none': every outcome is measured against it")
         return defences
+
+
+class SearchConfig(Section):
+    """Ray Tune over p, T, L and, where several are given, the upper loss's weights and the update rule."""
+
+    freeze_ratios: tuple[float, ...] = Field((0.1, 0.3, 0.5, 0.7), description="p")
+    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((), description="T; [] keeps the mask's")
+    inner_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="L, K times L held; [] keeps L")
+    illegal_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    legal_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    rules: tuple[str, ...] = ()
+    mode: Literal["per_ratio", "one_ranking"] = Field(
+        "per_ratio", description="one_ranking: one learning run serves every p (mask.draw_ratios)"
+    )
+    algorithm: Literal["grid", "optuna"] = "grid"
+    num_trials: int | None = Field(None, ge=1, description="optuna only; null: as many as the grid has points")
+    scheduler: Literal["asha", "fifo"] = "asha"
+    reduction_factor: int = Field(2, ge=2, description="ASHA keeps one in so many at each rung")
+    fidelities: tuple[float, ...] = Field(
+        (0.25, 0.5, 1.0), description="shares of the full adaptation at which a trial reports its proxy"
+    )
+    calibration_trials: int = Field(6, ge=3, description="scored without pruning, to measure what the proxy is worth")
+    min_proxy_correlation: float = Field(0.5, ge=-1, le=1, description="below this rank correlation nothing is pruned")
+    legal_penalty: float = Field(2.0, ge=0, description="score = mitigation - this x legal impact above the budget")
+    controls: tuple[str, ...] = Field(
+        ("random", "random-matched", "largest-first"), description="scored beside the best mask of each p"
+    )
+    max_concurrent_trials: int | None = Field(None, ge=1, description="null: as many as the cluster can hold")
+
+    @field_validator("freeze_ratios")
+    @classmethod
+    def _some_ratios(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if not ratios:
+            raise ValueError("the search space is empty: name at least one freeze ratio, e.g. [0.1, 0.3, 0.5]")
+        return _ratios(ratios)
+
+    @field_validator(
+        "freeze_ratios", "temperatures", "inner_steps", "illegal_weights", "legal_weights", "rules", "controls"
+    )
+    @classmethod
+    def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _once(values)
+
+    @field_validator("rules")
+    @classmethod
+    def _known_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(MaskConfig._known_rule(rule) for rule in rules)
+
+    @field_validator("controls")
+    @classmethod
+    def _known_controls(cls, controls: tuple[str, ...]) -> tuple[str, ...]:
+        from raygard.baselines import DEFENCES
+
+        known = [name for name, choose in DEFENCES.items() if choose is not None]
+        for name in controls:
+            if name not in known:
+                raise ValueError(f"unknown control '{name}'{nearest(name, known)}")
+        return controls
+
+    @field_validator("fidelities")
+    @classmethod
+    def _rising_to_one(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values or values[-1] != 1 or values[0] <= 0 or list(values) != sorted(set(values)):
+            raise ValueError("must rise from above 0 to 1, e.g. [0.25, 0.5, 1.0]")
+        return values
+
+    @model_validator(mode="after")
+    def _no_inert_setting(self) -> SearchConfig:
+        if self.num_trials is not None and self.algorithm == "grid":
+            raise ValueError("search.num_trials has no effect with search.algorithm=grid; remove it or use optuna")
+        return self
+
+
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = [value for index, value in enumerate(values) if value in values[:index]]
+    if repeated:
+        raise ValueError(f"names {repeated[0]!r} twice; once is enough")
+    return values
 
 
 class TrackingConfig(Section):
@@ -250,6 +351,7 @@ class RunConfig(Section):
     adapt: AdaptConfig = AdaptConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ class RunDirectory:
         with readable_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            self._info = self._read_info()
+            self.info: dict[str, Any] = self._read_info()
             self.note(
                 raygard_version=raygard.__version__,
                 versions={**_versions(), "python": platform.python_version()},
@@ -70,8 +70,8 @@ class RunDirectory:
 
     def note(self, **values: Any) -> None:
         """Merge values into run.json."""
-        self._info.update(values)
-        write_text(self.path / "run.json", json.dumps(self._info, indent=2) + "\n")
+        self.info.update(values)
+        write_text(self.path / "run.json", json.dumps(self.info, indent=2) + "\n")
 
     @contextmanager
     def stage(self, name: str, inputs: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
@@ -79,30 +79,47 @@ class RunDirectory:
 
         inputs: JSON-able values that decide the stage's result.
         """
-        folder = self.path / name
-        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        done = _read_json(folder / SUCCESS)
-        if done is not None and done.get("inputs") == digest:
-            yield folder, True
-            return
-        begun = _read_json(folder / INPUTS)
-        started = time.monotonic()
-        with readable_disk_errors(folder):
-            # Marks go first: a folder that is only half removed must not look finished or resumable later.
-            (folder / SUCCESS).unlink(missing_ok=True)
-            if folder.exists() and (begun is None or begun.get("inputs") != digest):
-                (folder / INPUTS).unlink(missing_ok=True)
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / INPUTS, json.dumps({"inputs": digest}))
-            yield folder, False
-            seconds = round(time.monotonic() - started, 2)
-            write_text(folder / SUCCESS, json.dumps({"inputs": digest, "seconds": seconds}))
-            self.note(seconds={**self._info.get("seconds", {}), name: seconds})
+        with stage(self.path / name, inputs) as (folder, done):
+            yield folder, done
+        if not done:
+            seconds = stage_seconds(folder)
+            with readable_disk_errors(folder):
+                self.note(seconds={**self.info.get("seconds", {}), name: seconds})
 
     def _read_info(self) -> dict[str, Any]:
         found = _read_json(self.path / "run.json")
         return found if found is not None else {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+@contextmanager
+def stage(folder: Path, inputs: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
+    """Yield (folder, already_done); on a clean exit the folder is marked as finished for these inputs.
+
+    inputs: JSON-able values that decide the stage's result. A folder begun for other inputs is emptied first.
+    """
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    done = _read_json(folder / SUCCESS)
+    if done is not None and done.get("inputs") == digest:
+        yield folder, True
+        return
+    begun = _read_json(folder / INPUTS)
+    started = time.monotonic()
+    with readable_disk_errors(folder):
+        # Marks go first: a folder that is only half removed must not look finished or resumable later.
+        (folder / SUCCESS).unlink(missing_ok=True)
+        if folder.exists() and (begun is None or begun.get("inputs") != digest):
+            (folder / INPUTS).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / INPUTS, json.dumps({"inputs": digest}))
+        yield folder, False
+        seconds = round(time.monotonic() - started, 2)
+        write_text(folder / SUCCESS, json.dumps({"inputs": digest, "seconds": seconds}))
+
+
+def stage_seconds(folder: Path) -> float:
+    """Wall-clock seconds the finished stage in `folder` took when it ran."""
+    return float((_read_json(folder / SUCCESS) or {}).get("seconds", 0.0))
 
 
 def _refuse_other_config(path: Path, config: RunConfig) -> None:

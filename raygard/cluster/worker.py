@@ -122,6 +122,7 @@ def rule_settings(config: RunConfig, sizes: Tensor, mask_seed: int) -> RuleSetti
         sparsity_weight=DEFAULT_SPARSITY_WEIGHT if mask.sparsity_weight is None else mask.sparsity_weight,
         weights=sizes.double() if mask.budget == "params" else None,
         seed=mask_seed,
+        draw_ratios=mask.draw_ratios,
     )
 
 

@@ -19,7 +19,10 @@ RuleState = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What a rule may know: N, p, T, step size, tensor sizes (None when p counts tensors), seed."""
+    """What a rule may know: N, p, T, step size, tensor sizes (None when p counts tensors), seed.
+
+    draw_ratios: p is drawn from these for each publisher step; empty: always `freeze_ratio`.
+    """
 
     num_tensors: int
     freeze_ratio: float
@@ -28,6 +31,7 @@ class RuleSettings:
     sparsity_weight: float
     weights: Tensor | None
     seed: int
+    draw_ratios: tuple[float, ...] = ()
 
 
 class Rule(Protocol):
@@ -35,6 +39,7 @@ class Rule(Protocol):
 
     default_mask_lr: ClassVar[float]
     uses_sparsity_weight: ClassVar[bool]
+    draws_ratios: ClassVar[bool]
 
     def __init__(self, settings: RuleSettings) -> None: ...
 

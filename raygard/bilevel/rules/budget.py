@@ -4,6 +4,9 @@ Each publisher step moves the logits along dL_upper/dw_i = s_i m_i (1 - m_i) / T
 all logits by one number so that the (weighted) mean of the soft mask is p. The sparsity term of Eq 6 is replaced
 by this projection: as a penalty it swamps the signal (methods.md, section 5, item 1). The start m_i = p leaves no
 tensor preferred and m (1 - m) / T large. Adam rescales its input, so the temperature acts on the shape of m only.
+
+With `draw_ratios`, p is drawn anew before each publisher step: the ranking is then learned for all of these budgets
+at once, and a mask of any of them can be read off it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raygard.mask.soft import shift_to_budget, soft_mask
+from raygard.seeding import generator
 
 if TYPE_CHECKING:
     from raygard.bilevel.rules import RuleSettings, RuleState
@@ -24,6 +28,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-12
 class BudgetRule:
     default_mask_lr: ClassVar[float] = 0.05
     uses_sparsity_weight: ClassVar[bool] = False
+    draws_ratios: ClassVar[bool] = True
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings
@@ -31,7 +36,7 @@ class BudgetRule:
     def initial(self) -> RuleState:
         zeros = torch.zeros(self.settings.num_tensors, dtype=torch.float64)
         return {
-            "logits": self._project(zeros),
+            "logits": self._project(zeros, 0),
             "exp_avg": zeros.clone(),
             "exp_avg_sq": zeros.clone(),
             "step": torch.zeros((), dtype=torch.float64),
@@ -48,8 +53,13 @@ class BudgetRule:
         state["exp_avg_sq"].mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         mean = state["exp_avg"] / (1 - BETA1 ** state["step"])
         spread = (state["exp_avg_sq"] / (1 - BETA2 ** state["step"])).sqrt()
-        state["logits"] = self._project(state["logits"] - self.settings.mask_lr * mean / (spread + EPSILON))
+        logits = state["logits"] - self.settings.mask_lr * mean / (spread + EPSILON)
+        state["logits"] = self._project(logits, int(state["step"]))
 
-    def _project(self, logits: Tensor) -> Tensor:
+    def _project(self, logits: Tensor, step: int) -> Tensor:
         s = self.settings
-        return shift_to_budget(logits, s.temperature, s.freeze_ratio, s.weights)
+        ratio = s.freeze_ratio
+        if s.draw_ratios:
+            drawn = torch.randint(len(s.draw_ratios), (), generator=generator(s.seed, "freeze ratio", step))
+            ratio = s.draw_ratios[int(drawn)]
+        return shift_to_budget(logits, s.temperature, ratio, s.weights)

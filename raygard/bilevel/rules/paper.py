@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class PaperRule:
     default_mask_lr: ClassVar[float] = 10.0
     uses_sparsity_weight: ClassVar[bool] = True
+    draws_ratios: ClassVar[bool] = False
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings

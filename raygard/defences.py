@@ -1,0 +1,76 @@
+"""What the publisher may release: masks from learned logits, and the control masks they are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raygard.baselines import DEFENCES, choose_frozen
+from raygard.config import RunConfig, config_hash, flatten
+from raygard.diffusion.model import load_unet
+from raygard.mask import FreezeMask, select_frozen
+from raygard.mask.soft import shift_to_budget, soft_mask
+from raygard.seeding import generator
+
+CONTROLS = tuple(name for name, choose in DEFENCES.items() if choose is not None)
+DRAWN = ("random", "random-matched")
+
+
+def make_mask(
+    config: RunConfig, logits: Tensor, soft: Tensor, mask_seed: int, ratio: float | None = None
+) -> FreezeMask:
+    """The mask of freeze ratio `ratio` (default mask.freeze_ratio) read off learned logits, float64 (N,)."""
+    unet = load_unet(config.model)
+    sizes = torch.tensor([parameter.numel() for parameter in unet.parameters()])
+    ratio = config.mask.freeze_ratio if ratio is None else ratio
+    if config.mask.draw_ratios:
+        # The last soft mask has the mean that was drawn last; the ranking is what was learned.
+        weights = sizes.double() if config.mask.budget == "params" else None
+        logits = shift_to_budget(logits, config.mask.temperature, ratio, weights)
+        soft = soft_mask(logits, config.mask.temperature)
+    frozen = select_frozen(logits, sizes, ratio, config.mask.budget)
+    return FreezeMask.create(
+        unet,
+        frozen,
+        logits=logits,
+        soft=soft,
+        base_model=config.model.pretrained_model_name_or_path,
+        domain=config.domain.name,
+        config={**flatten(config), "mask.freeze_ratio": ratio, "mask_seed": mask_seed},
+        config_hash=config_hash(config),
+        metrics={"rounding_gap": float((soft - frozen.double()).abs().mean())},
+    )
+
+
+def save_controls(
+    config: RunConfig, learned: FreezeMask, folder: Path, names: Sequence[str]
+) -> dict[tuple[str, int], str]:
+    """Save the control masks `names`, matched to a learned mask; `{(name, draw): folder}`."""
+    unet, paths = load_unet(config.model), {}
+    for name in names:
+        for draw in range(config.evaluation.random_draws if name in DRAWN else 1):
+            rng = generator(config.seed, "defence", name, draw)
+            mask = FreezeMask.create(
+                unet,
+                choose_frozen(name, learned.sizes, learned.frozen, rng),
+                base_model=learned.base_model,
+                domain=learned.domain,
+                config_hash=learned.config_hash,
+            )
+            paths[name, draw] = str(mask.save(folder / f"{name}-{draw}"))
+    return paths
+
+
+def seed_agreement(masks: Sequence[Tensor]) -> dict[str, float]:
+    """Mean overlap of the frozen sets over pairs of seeds, as a share of the smaller set, and what chance gives."""
+    overlaps, chances = [], []
+    for index, first in enumerate(masks):
+        for second in masks[index + 1 :]:
+            smaller = int(min(first.sum(), second.sum()))
+            overlaps.append(int((first & second).sum()) / smaller)
+            chances.append(int(first.sum()) * int(second.sum()) / len(first) / smaller)
+    return {"seed_agreement": float(np.mean(overlaps)), "seed_agreement_chance": float(np.mean(chances))}
