@@ -9,36 +9,33 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from raygard.adaptation import get_adaptation
-from raygard.baselines import DEFENCES, choose_frozen
 from raygard.config import RunConfig, config_hash, flatten
+from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import load_unet, model_fingerprint, with_resolution
+from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.imagefolder import read_pixels
-from raygard.mask import FreezeMask, select_frozen
+from raygard.mask import FreezeMask
 from raygard.outcome import build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.rundir import RunDirectory
 from raygard.scoring import get_scorer
-from raygard.seeding import generator
-from raygard.tracking import RunHandle, Tracker
+from raygard.tracking import RunHandle, Tracker, track_job
 
 log = logging.getLogger("raygard")
 
-CONTROLS = tuple(name for name, choose in DEFENCES.items() if choose is not None)
-DRAWN = ("random", "random-matched")
+YARDSTICKS = ("base", "none")
 
 
 class Flow:
@@ -50,14 +47,18 @@ class Flow:
         out: str | Path,
         progress: Progress | None = None,
         connect: Callable[[], None] = lambda: None,
+        upstream: Flow | None = None,
     ) -> None:
         """Check pictures, model and run directory before anything long starts or anything is written.
 
         connect: reaches the cluster and refuses what it can never run; called after the checks, before the writing.
+        upstream: a run of the same model and domain whose caches, relearning, stored results and MLflow store this
+        run uses instead of its own.
         """
         config = config.model_copy(update={"domain": with_resolution(config.domain, config.model)})
         self.config = config
         self.progress = progress or Progress(quiet=True)
+        self.upstream = upstream
         get_adaptation(config.adapt.method)
         get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
@@ -66,9 +67,20 @@ class Flow:
         connect()
         self.dir = RunDirectory(out, config)
         self.dir.note(domain_counts=self.domain.counts(), model_sha256=self.model_hash)
-        self.tracker = Tracker.open(config.tracking, self.dir.path, f"{config.domain.name}-{config_hash(config)}")
-        self.parent: RunHandle = self.tracker.start(tags={"raygard.domain": config.domain.name})
+        name = f"{config.domain.name}-{config_hash(config)}"
+        tags = {"raygard.domain": config.domain.name}
+        if upstream is None:
+            self.tracker = Tracker.open(config.tracking, self.dir.path, name)
+            self.parent: RunHandle = self.tracker.start(tags=tags)
+        else:
+            self.tracker = upstream.tracker
+            self.parent = self.tracker.start(self.dir.path.name, parent=upstream.parent, tags=tags)
         self.parent.params({**flatten(config), "config_hash": config_hash(config)})
+
+    @property
+    def root(self) -> Path:
+        """The run directory whose caches and stored results this run uses."""
+        return self.dir.path if self.upstream is None else self.upstream.root
 
     # Stages that learn the mask
 
@@ -82,10 +94,13 @@ class Flow:
         """theta_ft: the base fully fine-tuned on illegal and legal pictures; shared by every mask of the run."""
         from raygard.cluster.training import relearn
 
+        if self.upstream is not None:
+            return self.upstream.relearn()
         config = self.config
         inputs = {**self._inputs("relearn", "bilevel_user", "engine"), "cache": self.learn_cache.name}
         with self.dir.stage("relearn", inputs) as (folder, done):
             if not done:
+                self.dir.note(relearn_runs=self.relearn_runs + 1)
                 with (
                     self.progress.bar("relearn", config.relearn.max_train_steps) as bar,
                     self.tracker.start("relearn", parent=self.parent) as run,
@@ -97,6 +112,11 @@ class Flow:
                         on_row=lambda row: self._on_row(run, bar, row, "relearn"),
                     )
             return folder / "relearned.safetensors"
+
+    @property
+    def relearn_runs(self) -> int:
+        """How often relearning was started in this run directory."""
+        return int(self.dir.info.get("relearn_runs", 0))
 
     def learn(self, mask_seed: int) -> FreezeMask:
         """Learn one mask (Algorithm 1) and save it under `learn/seed-<s>/mask`."""
@@ -121,7 +141,7 @@ class Flow:
                         folder,
                         on_row=lambda row: self._on_row(run, bar, row, "learn"),
                     )
-                    mask = self._make_mask(logits, soft, mask_seed)
+                    mask = make_mask(config, logits, soft, mask_seed)
                     mask.save(folder / "mask")
                     run.tags({"raygard.mask_sha256": mask.sha256})
                     run.artifact(folder / "mask", "mask")
@@ -130,6 +150,11 @@ class Flow:
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
         masks = [self.learn(seed) for seed in self.config.evaluation.mask_seeds]
+        self.release(masks)
+        return masks
+
+    def release(self, masks: Sequence[FreezeMask]) -> None:
+        """Save the first mask as `mask/`, and note how well the masks of all seeds agree."""
         masks[0].save(self.dir / "mask")
         self.parent.tags({"raygard.mask_sha256": masks[0].sha256})
         self.parent.artifact(self.dir / "mask", "mask")
@@ -138,52 +163,45 @@ class Flow:
             metrics |= seed_agreement([mask.frozen for mask in masks])
         self.parent.metrics(metrics, step=0)
         self.dir.note(mask={"sha256": masks[0].sha256, **metrics})
-        return masks
-
-    def _make_mask(self, logits: Tensor, soft: Tensor, mask_seed: int) -> FreezeMask:
-        config = self.config
-        unet = load_unet(config.model)
-        sizes = torch.tensor([parameter.numel() for parameter in unet.parameters()])
-        frozen = select_frozen(logits, sizes, config.mask.freeze_ratio, config.mask.budget)
-        return FreezeMask.create(
-            unet,
-            frozen,
-            logits=logits,
-            soft=soft,
-            base_model=config.model.pretrained_model_name_or_path,
-            domain=config.domain.name,
-            config={**flatten(config), "mask_seed": mask_seed},
-            config_hash=config_hash(config),
-            metrics={"rounding_gap": float((soft - frozen.double()).abs().mean())},
-        )
 
     # Stages that measure it
 
-    def evaluate(self, masks: Sequence[FreezeMask]) -> dict[str, Any]:
-        """Adapt every class under every defence, score, and write outcome.json."""
-        from raygard.cluster.evaluation import EvaluationInputs, base_loss_task, run_jobs
+    def evaluate(self, masks: Sequence[FreezeMask], pool: Any = None) -> dict[str, Any]:
+        """Adapt every class under every defence, score, and write outcome.json.
+
+        pool: evaluation actors to use; None starts some and stops them.
+        """
+        from raygard.cluster.evaluation import EvaluationPool, base_loss_task, run_jobs, save_result
 
         config = self.config
-        stage, adapt_part, reference_part = _half(config)
-        classes = (*config.domain.illegal, *config.domain.legal)
-        cache = self._cache(stage, [(cls, adapt_part) for cls in classes])
         folder = self.dir / "evaluation"
-        references = self._references(folder, stage, reference_part, classes)
-        paths = self._save_masks(folder / "masks", masks)
-        jobs = self._jobs(paths)
-        inputs = EvaluationInputs(
-            config.model_dump(mode="json"), str(cache), adapt_part, str(references), str(folder / "jobs")
-        )
+        inputs = self.evaluation_inputs(folder)
+        jobs = self._jobs(self._save_masks(folder / "masks", masks))
         runs: dict[str, RunHandle] = {}
-        with self.progress.bar("adapt, generate, score", len(jobs)) as bar:
+        failures: list[dict[str, Any]] = []
+        with (
+            self.progress.bar("adapt, generate, score", len(jobs)) as bar,
+            nullcontext(pool) if pool is not None else EvaluationPool.start(config) as actors,
+        ):
 
             def on_result(result: dict[str, Any]) -> None:
-                bar.advance(1, f"{result['defence']} / {result['class']}: {result['distance']:.4f}")
+                where = f"{result['defence']} / {result['class']}"
+                if result.get("failed"):
+                    bar.advance(1, f"{where}: failed")
+                    failures.append(result)
+                    _refuse_if_unmeasurable(jobs, failures)
+                    return
+                bar.advance(1, f"{where}: {result['distance']:.4f}")
+                save_result(self.dir.path, inputs.store, result)
                 self._track_job(runs, result)
 
-            results = run_jobs(jobs, inputs, on_result=on_result)
+            try:
+                found = run_jobs(jobs, inputs, actors, on_result=on_result)
+            finally:
+                self._note_failures(folder / "failures.json", failures)
         for run in runs.values():
             run.finish()
+        results = [result for result in found if not result.get("failed")]
         if not all(result["audit_ok"] in (True, None) for result in results):
             raise RaygardError(
                 "a frozen tensor moved during an adaptation: this is a defect of raygard, please report it"
@@ -195,6 +213,27 @@ class Flow:
         write_text(self.dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")
         self._track_outcome(outcome)
         return outcome
+
+    def evaluation_inputs(self, folder: Path, milestones: tuple[int, ...] = ()) -> Any:
+        """Caches and references of the half that evaluation reads, for `run_jobs`.
+
+        milestones: steps at which users report the held-out loss on the reference part.
+        """
+        from raygard.cluster.evaluation import EvaluationInputs
+
+        config = self.config
+        stage, adapt_part, reference_part = _half(config)
+        classes = (*config.domain.illegal, *config.domain.legal)
+        parts = (adapt_part, reference_part) if milestones else (adapt_part,)
+        return EvaluationInputs(
+            config=config.model_dump(mode="json"),
+            cache=str(self._cache(stage, [(cls, part) for cls in classes for part in parts])),
+            adapt_part=adapt_part,
+            reference_part=reference_part,
+            references=str(self._references(folder, stage, reference_part, classes)),
+            store=str(self.root / "store"),
+            milestones=milestones,
+        )
 
     def report(self) -> Path:
         """Write report.html and hand it to MLflow."""
@@ -239,7 +278,7 @@ class Flow:
     def _cache(self, stage: str, parts: list[tuple[str, str]]) -> Path:
         with self.progress.bar(f"cache latents ({stage})", 1) as bar:
             view = self.domain.view(stage)
-            path = build_cache(self.config.model, self.config.domain, view, parts, self.dir / "cache")
+            path = build_cache(self.config.model, self.config.domain, view, parts, self.root / "cache")
             bar.advance(1, "")
         return path
 
@@ -262,24 +301,12 @@ class Flow:
 
     def _save_masks(self, folder: Path, masks: Sequence[FreezeMask]) -> dict[tuple[str, int], str]:
         """Save learned and control masks; `{(defence, seed or draw): path}`."""
-        config, paths = self.config, {}
-        unet = load_unet(config.model)
+        config = self.config
+        paths = {}
         for seed, mask in zip(config.evaluation.mask_seeds, masks, strict=True):
             paths["freeze", seed] = str(mask.save(folder / f"freeze-{seed}"))
-        learned = masks[0]
-        for name in (name for name in config.evaluation.defences if name in CONTROLS):
-            for draw in range(config.evaluation.random_draws if name in DRAWN else 1):
-                rng = generator(config.seed, "defence", name, draw)
-                frozen = choose_frozen(name, learned.sizes, learned.frozen, rng)
-                mask = FreezeMask.create(
-                    unet,
-                    frozen,
-                    base_model=learned.base_model,
-                    domain=learned.domain,
-                    config_hash=learned.config_hash,
-                )
-                paths[name, draw] = str(mask.save(folder / f"{name}-{draw}"))
-        return paths
+        controls = [name for name in config.evaluation.defences if name in CONTROLS]
+        return paths | save_controls(config, masks[0], folder, controls)
 
     def _jobs(self, paths: dict[tuple[str, int], str]) -> list[Any]:
         from raygard.cluster.evaluation import EvaluationJob
@@ -303,6 +330,19 @@ class Flow:
         # Cheap jobs last: a long one at the end would leave workers idle.
         return sorted(jobs, key=lambda job: job.defence == "base")
 
+    def _note_failures(self, path: Path, failures: Sequence[dict[str, Any]]) -> None:
+        path.unlink(missing_ok=True)
+        if failures:
+            write_text(path, json.dumps(failures, indent=1) + "\n")
+        for failure in failures:
+            log.warning(
+                "%s failed %d times (%s) and is left out: %s",
+                failure["job_id"],
+                failure["attempts"],
+                failure["stage"],
+                failure["reason"],
+            )
+
     def _base_loss(self, task: Any) -> float | None:
         """The release's own loss on general captions; masks without values leave it as it is."""
         classes = self.config.domain.general
@@ -324,25 +364,7 @@ class Flow:
         defence = result["defence"]
         if defence not in runs:
             runs[defence] = self.tracker.start(f"defence-{defence}", parent=self.parent)
-        with self.tracker.start(result["job_id"], parent=runs[defence]) as run:
-            keys = (
-                "class",
-                "role",
-                "defence",
-                "adaptation",
-                "scorer",
-                "draw",
-                "mask_seed",
-                "seed",
-                "mask_sha256",
-            )
-            run.params({key: result[key] for key in keys})
-            for step, value in enumerate(result["losses"]):
-                if step % 10 == 0 or step == len(result["losses"]) - 1:
-                    run.metrics({"loss": value}, step=step)
-            seconds = {f"{name}_seconds": value for name, value in result["seconds"].items()}
-            numbers = ("distance", "freeze_ratio", "param_share", "trainable_params", "optimizer_bytes")
-            run.metrics({**{key: result[key] for key in numbers}, **seconds}, step=len(result["losses"]))
+        track_job(self.tracker, runs[defence], result)
 
     def _track_outcome(self, outcome: dict[str, Any]) -> None:
         for entry in outcome["summary"]:
@@ -354,15 +376,10 @@ class Flow:
         self.parent.artifact(self.dir / "outcome.json")
 
 
-def seed_agreement(masks: Sequence[Tensor]) -> dict[str, float]:
-    """Mean overlap of the frozen sets over pairs of seeds, as a share of the smaller set, and what chance gives."""
-    overlaps, chances = [], []
-    for index, first in enumerate(masks):
-        for second in masks[index + 1 :]:
-            smaller = int(min(first.sum(), second.sum()))
-            overlaps.append(int((first & second).sum()) / smaller)
-            chances.append(int(first.sum()) * int(second.sum()) / len(first) / smaller)
-    return {"seed_agreement": float(np.mean(overlaps)), "seed_agreement_chance": float(np.mean(chances))}
+def _refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:
+    last = failures[-1]
+    if last["defence"] in YARDSTICKS or len(failures) == len(jobs):
+        raise RaygardError(f"{last['job_id']}: {last['reason']} (nothing can be measured without it)")
 
 
 def _half(config: RunConfig) -> tuple[str, str, str]:

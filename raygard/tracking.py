@@ -161,8 +161,24 @@ class _Store:
                 self.client.log_artifact(run_id, str(path), record["folder"])
             else:
                 log.warning("artifact %s is gone, it is not tracked", path)
+        elif kind == "register":
+            self._register(run_id, record)
         elif kind == "finish":
             self.client.set_terminated(run_id, record["status"], record["time"])
+
+    def _register(self, run_id: str, record: Mapping[str, Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name, sha = record["name"], record["tags"][MASK_TAG]
+        try:
+            self.client.create_registered_model(name, description="Freeze masks learned by raygard (not a flavour).")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
+        if not any(version.tags.get(MASK_TAG) == sha for version in known):
+            source = f"{self.client.get_run(run_id).info.artifact_uri}/{record['folder']}"
+            self.client.create_model_version(name, source, run_id, tags=record["tags"])
 
 
 def _batches(items: Any) -> Iterator[Sequence[tuple[str, Any]]]:
@@ -225,6 +241,14 @@ class RunHandle:
         root = self.tracker.run_dir
         stored = path.relative_to(root) if path.is_relative_to(root) else path
         self.tracker._submit({"op": "artifact", "run": self.key, "path": str(stored), "folder": folder})
+
+    def register(self, name: str, folder: str, tags: Mapping[str, Any]) -> None:
+        """Register the run's artifact folder `folder`, a mask, as a version of the registered model `name`.
+
+        tags must hold raygard.mask_sha256; registering the same mask of the same run again changes nothing.
+        """
+        values = {str(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in tags.items()}
+        self.tracker._submit({"op": "register", "run": self.key, "name": name, "folder": folder, "tags": values})
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run: FINISHED, FAILED or KILLED."""
@@ -347,6 +371,24 @@ class Tracker:
         if self.enabled and not self._warned:
             self._warned = True
             log.warning("metrics that are not finite are not tracked, first at step %d: %s", step, ", ".join(names))
+
+
+JOB_PARAMS = ("class", "role", "defence", "adaptation", "scorer", "draw", "mask_seed", "seed", "mask_sha256")
+JOB_METRICS = ("distance", "freeze_ratio", "param_share", "trainable_params", "optimizer_bytes")
+
+
+def track_job(tracker: Tracker, parent: RunHandle, result: Mapping[str, Any]) -> None:
+    """One adaptation, as a run nested under `parent`. result: the content of its result.json."""
+    losses = result["losses"]
+    with tracker.start(result["job_id"], parent=parent) as run:
+        run.params({key: result[key] for key in JOB_PARAMS})
+        for step, value in enumerate(losses):
+            if step % 10 == 0 or step == len(losses) - 1:
+                run.metrics({"loss": value}, step=step)
+        for step, value in result.get("milestones") or ():
+            run.metrics({"held_out_loss": value}, step=step)
+        seconds = {f"{name}_seconds": value for name, value in result["seconds"].items()}
+        run.metrics({**{key: result[key] for key in JOB_METRICS}, **seconds}, step=len(losses))
 
 
 def _first_line(error: Exception) -> str:

@@ -88,8 +88,11 @@ class RunFiles:
         return [self._json(str(file.relative_to(self.path))) for file in files]
 
     def pictures(self, job_id: str) -> Pictures | None:
-        """Generated pictures of a job, uint8 (n, H, W, 3)."""
-        return self._arrays(self.path / "evaluation" / "jobs" / job_id / "pictures.npz").get("images")
+        """Generated pictures of a job, uint8 (n, H, W, 3); None if they are no longer in the store."""
+        # Runs of raygard 0.1 kept them beside the result.
+        beside = f"evaluation/jobs/{job_id}/pictures.npz"
+        result = next((result for result in self.results if result["job_id"] == job_id), {})
+        return self._arrays(self.path / result.get("pictures", beside)).get("images")
 
     @cached_property
     def references(self) -> dict[str, Pictures]:

@@ -4,6 +4,7 @@ each."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from raygard.errors import RaygardError, nearest
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SCORERS: dict[str, Callable[[], Scorer]] = {}
+SCORERS: dict[str, Callable[..., Scorer]] = {}
 
 
 class Scorer(Protocol):
@@ -38,21 +39,30 @@ class Scorer(Protocol):
         ...
 
 
-def register(name: str, factory: Callable[[], Scorer]) -> None:
-    """Add a scorer; `factory()` loads it. Raises RaygardError if the name is taken."""
+def register(name: str, factory: Callable[..., Scorer]) -> None:
+    """Add a scorer; `factory()` loads it on the CPU, `factory(device="cuda")` on a GPU if it can.
+
+    Raises RaygardError if the name is taken.
+    """
     if name in SCORERS:
         raise RaygardError(f"scorer '{name}' is registered twice")
     SCORERS[name] = factory
 
 
-def get_scorer(name: str) -> Scorer:
+def get_scorer(name: str, device: str = "cpu") -> Scorer:
     """Load the scorer called `name` (`evaluation.scorer`).
 
-    Raises RaygardError with the nearest known name, or if the packages it needs are missing.
+    device: "cpu" or "cuda". Raises RaygardError with the nearest known name, if the packages it needs are missing,
+    or if it runs on the CPU only.
     """
     if name not in SCORERS:
         raise RaygardError(f"unknown scorer '{name}' (evaluation.scorer){nearest(name, SCORERS)}")
-    return SCORERS[name]()
+    factory = SCORERS[name]
+    if device == "cpu":
+        return factory()
+    if "device" not in signature(factory).parameters:
+        raise RaygardError(f"scorer '{name}' runs on the CPU only; set evaluation.scorer_gpus to 0")
+    return factory(device=device)
 
 
 register(StyleEnLite0.name, StyleEnLite0)

@@ -1,0 +1,94 @@
+"""Handle of the warm evaluation actors: started once in the driver, used from any process of the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from raygard.cluster.coordinator import Coordinator
+from raygard.config import EvaluationConfig, RunConfig
+from raygard.errors import RaygardError
+
+
+@dataclass(frozen=True)
+class EvaluationPool:
+    """A coordinator and, behind it, the generation and scorer actors. config: what they were started for."""
+
+    coordinator: Any
+    config: dict[str, Any]
+
+    @classmethod
+    def start(cls, config: RunConfig) -> EvaluationPool:
+        """Start a coordinator; its actors start with the first job that needs them and stay warm until `stop`.
+
+        The pool lives as long as the process that started it: start it in the driver, and send the handle.
+        Raises RaygardError, with the arithmetic, if the cluster cannot hold the actors and one adaptation.
+        """
+        import ray
+
+        require_evaluation(config.evaluation)
+        content = config.model_dump(mode="json")
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=outside_groups())
+        return cls(remote(Coordinator).remote(content), content)
+
+    def stop(self) -> None:
+        """End the coordinator and with it its actors."""
+        import ray
+
+        ray.kill(self.coordinator)
+
+    def __enter__(self) -> EvaluationPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def status(self) -> dict[str, Any]:
+        """Processes and counts of items, as `Coordinator.status` says."""
+        import ray
+
+        return ray.get(self.coordinator.status.remote())
+
+    def check(self, config: RunConfig) -> None:
+        """Raise RaygardError if `config` asks for another model or scorer than the actors hold."""
+        mine = RunConfig.model_validate(self.config)
+        if (config.model, config.evaluation.scorer) != (mine.model, mine.evaluation.scorer):
+            raise RaygardError(
+                f"these evaluation actors hold model {mine.model.pretrained_model_name_or_path} and scorer "
+                f"{mine.evaluation.scorer}; start others for {config.model.pretrained_model_name_or_path} and "
+                f"{config.evaluation.scorer}"
+            )
+
+
+def outside_groups() -> Any:
+    """Scheduling of what must not be charged to the placement group that its caller sits in."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=None)
+
+
+def require_evaluation(evaluation: EvaluationConfig) -> None:
+    """Raise RaygardError, with the arithmetic, if the cluster can never place the actors and one adaptation."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    e = evaluation
+    needs = {
+        "CPU": ((e.generators, e.generator_cpus), (e.scorers, e.scorer_cpus), (1, e.cpus_per_job)),
+        "GPU": ((e.generators, e.generator_gpus), (e.scorers, e.scorer_gpus), (1, e.gpus_per_job)),
+    }
+    for resource, terms in needs.items():
+        have = [node.get(resource, 0.0) for node in nodes]
+        total, largest = sum(count * each for count, each in terms), max(each for _, each in terms)
+        if largest > max(have, default=0.0) + 1e-9:
+            raise RaygardError(
+                f"one evaluation process needs {largest:g} {resource}, but the largest node has "
+                f"{max(have, default=0.0):g}; lower evaluation.*_{resource.lower()}s, or add a larger node"
+            )
+        if total > sum(have) + 1e-9:
+            (g, each_g), (s, each_s), (_, job) = terms
+            raise RaygardError(
+                f"{g} generators x {each_g:g} + {s} scorers x {each_s:g} + one adaptation x {job:g} = {total:g} "
+                f"{resource}, but the cluster has {sum(have):g}; lower evaluation.generators, evaluation.scorers or "
+                f"what each takes, or add nodes"
+            )

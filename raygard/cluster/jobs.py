@@ -1,0 +1,186 @@
+"""What an evaluation job is: one user of one defence, the key of its content, and the record of its result."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raygard.cluster.evaluators import HELD_OUT_DRAWS, read_references
+from raygard.config import ModelConfig, RunConfig
+from raygard.diffusion.cache import MANIFEST
+from raygard.diffusion.model import model_fingerprint
+from raygard.errors import RaygardError
+from raygard.files import write_text
+from raygard.mask import FreezeMask
+from raygard.store import Store, content_key
+
+BASE = "base"
+MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """One user: a defence, a class and an adaptation seed. `defence` "base" generates without adaptation."""
+
+    defence: str
+    cls: str
+    role: str
+    draw: int = 0
+    mask_seed: int | None = None
+    seed: int = 0
+    mask: str | None = None
+
+    @property
+    def job_id(self) -> str:
+        slug = "".join(c if c.isalnum() else "-" for c in self.cls).strip("-").lower()
+        short = hashlib.sha256(self.cls.encode()).hexdigest()[:6]
+        mask_seed = "" if self.mask_seed is None else f".m{self.mask_seed}"
+        return f"{self.defence}.{slug}-{short}.d{self.draw}{mask_seed}.s{self.seed}"
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What all jobs share; paths are on shared storage.
+
+    cache: latents of `adapt_part`, and of `reference_part` where there are milestones. references: file of the
+    reference pictures. store: folder of results by content. milestones: optimizer steps, ascending, after which the
+    held-out loss is taken; 0 is before the first.
+    """
+
+    config: dict[str, Any]
+    cache: str
+    adapt_part: str
+    reference_part: str
+    references: str
+    store: str
+    milestones: tuple[int, ...] = ()
+
+
+def job_content(
+    job: EvaluationJob, inputs: EvaluationInputs, config: RunConfig, mask: FreezeMask | None, captions: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that decides the pictures of a job; jobs with equal content share one place in the store.
+
+    Raises RaygardError if model or cache cannot be read.
+    """
+    content: dict[str, Any] = {
+        "model": {"prediction_type": config.model.prediction_type, **_fingerprints(config.model)},
+        "class": job.cls,
+        "captions": list(captions),
+        "generation": config.generation.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+    if job.defence != BASE:
+        content |= {
+            "adapt": config.adapt.model_dump(mode="json"),
+            "adapt_seed": job.seed,
+            "pictures": _rows_key(inputs.cache, job.cls, inputs.adapt_part, config),
+            "mask": [mask.sha256, *mask.frozen_names] if mask else None,
+        }
+    return content
+
+
+def held_out_key(cls: str, inputs: EvaluationInputs, config: RunConfig) -> str | None:
+    """Hash of what the held-out losses of a class are taken on; None without milestones."""
+    if not inputs.milestones:
+        return None
+    rows = _rows_key(inputs.cache, cls, inputs.reference_part, config)
+    return content_key({"rows": rows, "seed": config.seed, "draws": HELD_OUT_DRAWS})
+
+
+def reference_facts(references: str, cls: str) -> tuple[list[str], str]:
+    """Captions of a class's reference pictures, and a hash of these pictures. Raises RaygardError as they are read."""
+    path = Path(references)
+    # A references file of another run may come to lie at the same path.
+    return _reference_facts(references, path.stat().st_mtime_ns if path.exists() else 0, cls)
+
+
+def job_names(job: EvaluationJob) -> dict[str, Any]:
+    """What names a job in its result or failure."""
+    return {
+        "job_id": job.job_id,
+        "class": job.cls,
+        "role": job.role,
+        "defence": job.defence,
+        "draw": job.draw,
+        "mask_seed": job.mask_seed,
+        "seed": job.seed,
+    }
+
+
+def job_result(
+    job: EvaluationJob,
+    config: RunConfig,
+    mask: FreezeMask | None,
+    captions: Sequence[str],
+    adapted: Mapping[str, Any],
+    score: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The result of a job from the records of its adaptation ({} for the base) and its score."""
+    seconds = {} if job.defence == BASE else {"adapt": adapted["seconds"]}
+    return {
+        **job_names(job),
+        "domain": config.domain.name,
+        "adaptation": config.adapt.method,
+        "scorer": config.evaluation.scorer,
+        "freeze_ratio": mask.ratio_by_count if mask else 0.0,
+        "param_share": mask.ratio_by_params if mask else 0.0,
+        "mask_sha256": mask.sha256 if mask else None,
+        "n": len(captions),
+        "distance": float(np.mean(score["distances"])),
+        "distances": score["distances"],
+        "captions": list(captions),
+        "losses": adapted.get("losses", []),
+        "seconds": {**seconds, **score["seconds"]},
+        "trainable_params": adapted.get("trainable_params", 0),
+        "optimizer_bytes": adapted.get("optimizer_bytes", 0),
+        "audit_ok": adapted.get("audit_ok"),
+    }
+
+
+def save_result(run_dir: str | Path, store: str | Path, result: Mapping[str, Any]) -> None:
+    """Write `evaluation/jobs/<job_id>/result.json` of a run directory, unless it is there already.
+
+    Its `pictures` is the path of the job's pictures in the store, relative to the run directory.
+    """
+    folder = Path(run_dir) / "evaluation" / "jobs" / result["job_id"]
+    pictures = os.path.relpath(Store(Path(store)).pictures_file(result["store"]), run_dir)
+    text = json.dumps({**result, "pictures": pictures}, indent=1)
+    try:
+        if (folder / "result.json").read_text(encoding="utf-8") == text:
+            return
+    except OSError:
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "result.json", text)
+
+
+def _rows_key(cache: str, cls: str, part: str, config: RunConfig) -> str:
+    """Hash of the pictures of a class and part, as they are cropped; the rest of the cache does not matter."""
+    file = Path(cache) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        columns = [manifest[name] for name in ("classes", "parts", "pictures", "captions")]
+    except (OSError, ValueError, KeyError) as error:
+        raise RaygardError(f"cannot read {file}: {error}; build the cache again") from None
+    rows = [row[2:] for row in zip(*columns, strict=True) if row[:2] == (cls, part)]
+    domain = config.domain
+    return content_key({"rows": rows, "resolution": domain.resolution, "center_crop": domain.center_crop})
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprints(model: ModelConfig) -> dict[str, str]:
+    return {part: model_fingerprint(model, part) for part in MODEL_PARTS}
+
+
+@functools.lru_cache(maxsize=64)
+def _reference_facts(references: str, mtime_ns: int, cls: str) -> tuple[list[str], str]:
+    captions, images = read_references(references, cls)
+    return captions, hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()

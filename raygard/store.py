@@ -1,0 +1,152 @@
+"""What evaluation has computed, on disk and keyed by content, so that nothing is computed twice.
+
+    <root>/<key>/inputs.json           what the key was made from
+    <root>/<key>/adapted.json          losses and counts of an adaptation, hash of the tensors it wrote
+    <root>/<key>/adapted.safetensors   tensors it changed; removed once the pictures are complete
+    <root>/<key>/pictures.npz          images, uint8 (n, H, W, 3)
+    <root>/<key>/score-<scorer>.json   how far those pictures are from the references
+
+A file appears whole or not at all. Writers that race write the same content, so the last one may win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raygard.errors import RaygardError
+from raygard.files import readable_disk_errors, sha256_file
+
+INPUTS, RECORD, TENSORS, PICTURES = "inputs.json", "adapted.json", "adapted.safetensors", "pictures.npz"
+# 160 bits are beyond accident and keep paths short.
+KEY_LENGTH = 40
+
+
+def content_key(inputs: Mapping[str, Any]) -> str:
+    """Name of what JSON-able `inputs` decide: equal for equal values, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of results by key, on storage that every node can reach."""
+
+    root: Path
+
+    def folder(self, key: str) -> Path:
+        return self.root / key
+
+    def describe(self, key: str, inputs: Mapping[str, Any]) -> None:
+        """Write down what `key` stands for, once."""
+        if not (self.folder(key) / INPUTS).exists():
+            self._write_json(key, INPUTS, inputs)
+
+    def adapted(self, key: str) -> dict[str, Any] | None:
+        """Record of the adaptation; None if it has not ended."""
+        return self._read_json(key, RECORD)
+
+    def tensors_file(self, key: str) -> Path:
+        return self.folder(key) / TENSORS
+
+    def has_tensors(self, key: str) -> bool:
+        """Whether the adapted tensors are there and are those of the record."""
+        record = self.adapted(key)
+        if record is None:
+            return False
+        try:
+            return sha256_file(self.tensors_file(key)) == record["tensors_sha256"]
+        except (OSError, KeyError):
+            return False
+
+    def write_adapted(self, key: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the tensors, if any, and then the record, with their hash.
+
+        Raises RaygardError for a full disk or a folder that cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        digest = None
+        if tensors is not None:
+            with self._scratch(key, TENSORS) as scratch:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(scratch))
+                digest = sha256_file(scratch)
+        self._write_json(key, RECORD, {**record, "tensors_sha256": digest})
+
+    def drop_tensors(self, key: str) -> None:
+        """Remove the adapted tensors, the only large file."""
+        self.tensors_file(key).unlink(missing_ok=True)
+
+    def pictures_file(self, key: str) -> Path:
+        return self.folder(key) / PICTURES
+
+    def has_pictures(self, key: str) -> bool:
+        return self.pictures_file(key).is_file()
+
+    def write_pictures(self, key: str, images: NDArray[np.uint8]) -> None:
+        """images: uint8 (n, H, W, 3), all of the job. Raises RaygardError for a full disk."""
+        with self._scratch(key, PICTURES) as scratch, scratch.open("wb") as stream:
+            np.savez_compressed(stream, images=images)
+
+    def score(self, key: str, scorer: str, references: str) -> dict[str, Any] | None:
+        """Record of the scorer for pictures compared with these references; None if there is none.
+
+        references: hash of the reference pictures.
+        """
+        record = self._read_json(key, f"score-{scorer}.json")
+        return record if record is not None and record.get("references") == references else None
+
+    def write_score(self, key: str, scorer: str, record: Mapping[str, Any]) -> None:
+        """record: `references` (hash of the reference pictures), `distances` and whatever else is worth keeping."""
+        self._write_json(key, f"score-{scorer}.json", record)
+
+    def _read_json(self, key: str, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.folder(key) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _write_json(self, key: str, name: str, content: Mapping[str, Any]) -> None:
+        with self._scratch(key, name) as scratch:
+            scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _scratch(self, key: str, name: str) -> Iterator[Path]:
+        """A file to write, moved to its name at the end; of a name no other process on any node can have."""
+        folder = self.folder(key)
+        scratch = folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        with readable_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                yield scratch
+                _flush(scratch)
+                os.replace(scratch, folder / name)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+
+def read_pictures(path: str | Path) -> NDArray[np.uint8]:
+    """Pictures of a job, uint8 (n, H, W, 3). Raises RaygardError if the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive["images"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RaygardError(f"cannot read {path}: {error}; delete its folder and run again") from None
+
+
+def _flush(path: Path) -> None:
+    # Without this a machine that loses power may keep the new name and not the content.
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())

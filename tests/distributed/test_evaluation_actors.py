@@ -1,0 +1,294 @@
+"""Adaptation tasks, generators and scorers on a real local cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raygard.cluster.evaluation import EvaluationJob, EvaluationPool, run_jobs, save_result
+from raygard.diffusion.generate import generate
+from raygard.diffusion.model import load_pipeline
+from raygard.errors import RaygardError
+from raygard.report.load import RunFiles
+from raygard.store import Store, read_pictures
+from tests.evaluation_bench import (
+    NUM_IMAGES,
+    Bench,
+    Trial,
+    adaptations,
+    assert_each_picture_scored_once,
+    make_bench,
+    wait_for,
+)
+
+pytestmark = pytest.mark.distributed
+
+MILESTONES = (0, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_maker, imagefolder_maker) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("bench"), tiny_maker, imagefolder_maker)
+
+
+@pytest.fixture(scope="module")
+def pool(bench, ray_cluster) -> Iterator[EvaluationPool]:
+    with EvaluationPool.start(bench.config()) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def measured(bench, pool, tmp_path_factory):
+    """Results, store and milestones of a run that nothing disturbed."""
+    store, passed = tmp_path_factory.mktemp("measured"), []
+    jobs = bench.jobs("none", "freeze", "base", classes="ac")
+    results = run_jobs(
+        jobs,
+        bench.inputs(bench.config(), store, MILESTONES),
+        pool,
+        on_milestone=lambda step, losses: passed.append((step, losses)),
+    )
+    return results, store, passed
+
+
+def done(pool: EvaluationPool) -> tuple[int, int]:
+    status = pool.status()
+    return status["generators"]["done"], status["scorers"]["done"]
+
+
+def test_results_come_in_the_order_of_the_jobs_and_whole(bench, measured) -> None:
+    results, store, _ = measured
+    assert [r["job_id"] for r in results] == [job.job_id for job in bench.jobs("none", "freeze", "base", classes="ac")]
+    assert assert_each_picture_scored_once(results, store) == 3 * len(results)
+    assert [r["audit_ok"] for r in results] == [None, None, True, True, None, None]
+    assert all(len(r["losses"]) == (0 if r["defence"] == "base" else 4) for r in results)
+
+
+def test_pictures_are_those_of_one_process(bench, measured) -> None:
+    results, store, _ = measured
+    config, base = bench.config(), next(r for r in results if r["defence"] == "base")
+    keys = [f"a/{index}/{caption}" for index, caption in enumerate(base["captions"])]
+    expected = generate(load_pipeline(config.model), base["captions"], keys, config.generation, config.seed)
+    assert np.array_equal(read_pictures(Store(store).pictures_file(base["store"])), expected)
+    others = [read_pictures(Store(store).pictures_file(r["store"])) for r in results if r["class"] == "a"]
+    assert len({images.tobytes() for images in others}) == 3
+
+
+def test_milestones_wait_for_every_job_and_the_base_stays_the_same(measured) -> None:
+    results, _, passed = measured
+    assert [step for step, _ in passed] == list(MILESTONES)
+    for position, (_, losses) in enumerate(passed):
+        assert losses == {r["job_id"]: r["milestones"][position][1] for r in results}
+    for result in results:
+        values = [loss for _, loss in result["milestones"]]
+        assert [step for step, _ in result["milestones"]] == list(MILESTONES)
+        assert len(set(values)) == (1 if result["defence"] == "base" else len(MILESTONES))
+        base = next(r for r in results if (r["defence"], r["class"]) == ("base", result["class"]))
+        assert values[0] == base["milestones"][0][1]
+
+
+def test_weights_are_removed_with_the_last_picture(measured) -> None:
+    _, store, _ = measured
+    assert not list(store.rglob("adapted.safetensors")) and not list(store.rglob("*.tmp"))
+
+
+def test_nothing_is_computed_twice(bench, pool, measured) -> None:
+    results, store, _ = measured
+    before, counts = {file: file.stat().st_mtime_ns for file in store.rglob("*")}, done(pool)
+    passed: list[int] = []
+    again = run_jobs(
+        bench.jobs("none", "freeze", "base", classes="ac"),
+        bench.inputs(bench.config(), store, MILESTONES),
+        pool,
+        on_milestone=lambda step, _: passed.append(step),
+    )
+    assert again == results and passed == list(MILESTONES)
+    assert done(pool) == counts
+    assert {file: file.stat().st_mtime_ns for file in store.rglob("*")} == before
+
+
+def test_another_scorer_or_other_references_reuse_the_pictures(bench, pool, measured, tmp_path) -> None:
+    results, store, _ = measured
+    key, counts = results[0]["store"], done(pool)
+    (Store(store).folder(key) / "score-style_enlite0.json").unlink()
+    (again,) = run_jobs(bench.jobs("none", classes="a"), bench.inputs(bench.config(), store, MILESTONES), pool)
+    assert again["distances"] == results[0]["distances"]
+    assert done(pool) == (counts[0], counts[1] + 3)
+
+
+def test_jobs_of_equal_content_share_one_adaptation(bench, pool, measured) -> None:
+    results, store, _ = measured
+    counts = done(pool)
+    mask = str(bench.root / "mask")
+    jobs = [EvaluationJob("freeze", "a", "illegal", draw, 7, 0, mask) for draw in (4, 5)]
+    shared = run_jobs(jobs, bench.inputs(bench.config(), store), pool)
+    assert [result["draw"] for result in shared] == [4, 5]
+    assert shared[0]["store"] == shared[1]["store"] == results[2]["store"]
+    assert done(pool) == counts
+
+
+def test_new_milestones_adapt_again_to_the_same_model(bench, pool, measured) -> None:
+    results, store, _ = measured
+    counts, pictures = done(pool), Store(store).pictures_file(results[2]["store"])
+    written = pictures.stat().st_mtime_ns
+    (again,) = run_jobs(bench.jobs("freeze", classes="a"), bench.inputs(bench.config(), store, (1, 4)), pool)
+    assert [step for step, _ in again["milestones"]] == [1, 4]
+    assert again["milestones"][1] == results[2]["milestones"][2]
+    assert again["losses"] == results[2]["losses"] and again["distances"] == results[2]["distances"]
+    assert done(pool) == counts and pictures.stat().st_mtime_ns == written
+    assert not list(store.rglob("adapted.safetensors"))
+    # Both sets of milestones are known now.
+    (first,) = run_jobs(bench.jobs("freeze", classes="a"), bench.inputs(bench.config(), store, MILESTONES), pool)
+    assert first["milestones"] == results[2]["milestones"]
+
+
+def test_milestones_do_not_change_the_adaptation(bench, pool, measured, tmp_path) -> None:
+    results, _, _ = measured
+    (plain,) = run_jobs(bench.jobs("none", classes="c"), bench.inputs(bench.config(), tmp_path), pool)
+    assert plain["losses"] == results[1]["losses"] and plain["distances"] == results[1]["distances"]
+    assert plain["milestones"] == []
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "adapt.learning_rate=2e-3", "generation.guidance_scale=2", "generation.num_images=4"]
+)
+def test_what_decides_a_result_decides_its_key(bench, measured, override) -> None:
+    from raygard.cluster.jobs import job_content, reference_facts
+    from raygard.store import content_key
+
+    results, store, _ = measured
+    config = bench.config(override)
+    inputs = bench.inputs(config, store)
+    captions = reference_facts(inputs.references, "a")[0][: config.generation.num_images]
+    content = job_content(bench.jobs("none", classes="a")[0], inputs, config, None, captions)
+    assert content_key(content) != results[0]["store"]
+
+
+def test_a_job_that_cannot_adapt_is_reported_and_the_others_finish(bench, pool, tmp_path) -> None:
+    config = bench.config()
+    index = json.loads((bench.root / "references.json").read_text())
+    with np.load(bench.root / "references.npz") as arrays:
+        pictures = {**arrays, str(len(index["classes"])): arrays["0"]}
+    np.savez(tmp_path / "references.npz", **pictures)
+    captions = {**index["captions"], "stranger": index["captions"]["a"]}
+    listing = {"classes": [*index["classes"], "stranger"], "captions": captions}
+    (tmp_path / "references.json").write_text(json.dumps(listing))
+    inputs = bench.inputs(config, tmp_path / "store", (4,))
+    inputs = type(inputs)(**{**vars(inputs), "references": str(tmp_path / "references.npz")})
+    jobs = [EvaluationJob("none", "stranger", "legal"), *bench.jobs("none", classes="b")]
+    ended, passed = [], []
+    failure, result = run_jobs(
+        jobs, inputs, pool, on_result=lambda r: ended.append(r["job_id"]), on_milestone=lambda *a: passed.append(a)
+    )
+    names = {"job_id": jobs[0].job_id, "class": "stranger", "role": "legal", "defence": "none"}
+    names |= {"draw": 0, "mask_seed": None, "seed": 0}
+    held_out = {"failed": True, "stage": "adapt", "reason": "no pictures to compute a loss on", "attempts": 1}
+    trained = {**held_out, "reason": "no pictures to fine-tune on"}
+    assert failure in ({**names, **held_out}, {**names, **trained})
+    assert len(result["distances"]) == NUM_IMAGES
+    assert sorted(ended) == sorted(job.job_id for job in jobs)
+    assert [(step, list(losses)) for step, losses in passed] == [(4, [result["job_id"]])]
+
+
+def test_processes_have_their_own_threads_and_devices(pool, measured) -> None:
+    status = pool.status()
+    workers = status["generators"]["workers"] + status["scorers"]["workers"]
+    assert len({status["pid"], *(worker["pid"] for worker in workers)}) == 3
+    assert all(worker["threads"] == 1 and worker["devices"] == "" for worker in workers)
+
+
+@pytest.fixture
+def group(ray_cluster) -> Iterator[PlacementGroup]:
+    """A bundle of half a CPU. An adaptation asks for a whole one, so Ray would refuse to place it inside."""
+    made = placement_group([{"CPU": 0.5}])
+    ray.get(made.ready())
+    yield made
+    remove_placement_group(made)
+
+
+def pids(pool: EvaluationPool) -> list[int]:
+    return [worker["pid"] for kind in ("generators", "scorers") for worker in pool.status()[kind]["workers"]]
+
+
+def test_a_trial_s_placement_group_captures_neither_tasks_nor_actors(bench, group, measured, tmp_path) -> None:
+    inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    with EvaluationPool.start(bench.config()) as pool:
+        trial = ray.remote(num_cpus=0, scheduling_strategy=inside)(Trial).remote(pool)
+        inputs = bench.inputs(bench.config(), tmp_path)
+        (result,) = ray.get(trial.run.remote(bench.jobs("none", classes="a"), inputs))
+        assert result["distances"] == measured[0][0]["distances"]
+        started = pids(pool)
+        remove_placement_group(group)
+        run_jobs(bench.jobs("base", classes="b"), inputs, pool)
+        assert pids(pool) == started
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in started))
+
+
+def test_a_trial_that_is_stopped_takes_its_adaptations_with_it(bench, pool, tmp_path) -> None:
+    trial = ray.remote(num_cpus=0)(Trial).remote(pool)
+    inputs = bench.inputs(bench.config("adapt.max_train_steps=100000"), tmp_path)
+    trial.run.remote(bench.jobs("none", classes="ab"), inputs)
+    running = wait_for(adaptations)
+    ray.kill(trial)
+    wait_for(lambda: not any(process.is_running() for process in running) and not adaptations())
+
+
+def test_an_exception_from_a_callback_ends_what_was_started(bench, pool, tmp_path) -> None:
+    class Pruned(Exception):
+        pass
+
+    def stop(_step: int, _losses: dict[str, float]) -> None:
+        raise Pruned
+
+    config = bench.config("adapt.max_train_steps=100000")
+    with pytest.raises(Pruned):
+        run_jobs(bench.jobs("none", classes="ab"), bench.inputs(config, tmp_path, (2,)), pool, on_milestone=stop)
+    wait_for(lambda: not adaptations())
+
+
+@pytest.mark.parametrize("milestones", [(5,), (-1,), (2, 1), (1, 1)])
+def test_milestones_beyond_the_adaptation_are_refused(bench, pool, tmp_path, milestones) -> None:
+    with pytest.raises(RaygardError, match="milestones must be ascending and within 0 and 4"):
+        run_jobs(bench.jobs("none"), bench.inputs(bench.config(), tmp_path, milestones), pool)
+
+
+def test_actors_for_another_model_are_refused(bench, pool, tmp_path) -> None:
+    config = bench.config("model.pretrained_model_name_or_path=zoo:tiny-sd")
+    with pytest.raises(RaygardError, match="these evaluation actors hold model"):
+        run_jobs(bench.jobs("none"), bench.inputs(config, tmp_path), pool)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.generator_gpus=1", "one evaluation process needs 1 GPU, but the largest node has 0"),
+        ("evaluation.cpus_per_job=64", "one evaluation process needs 64 CPU"),
+        (
+            "evaluation.scorer_cpus=1.5",
+            r"1 generators x 0 \+ 1 scorers x 1.5 \+ one adaptation x 1 = 2.5 CPU, but the cluster has 2",
+        ),
+    ],
+)
+def test_what_the_cluster_can_never_hold_is_refused_at_once(bench, ray_cluster, override, message) -> None:
+    with pytest.raises(RaygardError, match=message):
+        EvaluationPool.start(bench.config(override))
+
+
+def test_result_file_leads_the_report_to_the_pictures(measured, tmp_path) -> None:
+    results, store, _ = measured
+    save_result(tmp_path, store, results[0])
+    file = tmp_path / "evaluation" / "jobs" / results[0]["job_id"] / "result.json"
+    written = file.stat().st_mtime_ns
+    save_result(tmp_path, store, results[0])
+    assert file.stat().st_mtime_ns == written
+    pictures = RunFiles(tmp_path).pictures(results[0]["job_id"])
+    assert np.array_equal(pictures, read_pictures(Store(store).pictures_file(results[0]["store"])))
+    assert not Path(json.loads(file.read_text())["pictures"]).is_absolute()

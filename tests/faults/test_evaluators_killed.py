@@ -1,0 +1,208 @@
+"""Generators, scorers, adaptations and the coordinator are really killed; every item is scored exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raygard.cluster.evaluation import EvaluationPool, run_jobs
+from raygard.store import Store
+from tests.evaluation_bench import Bench, adaptations, assert_each_picture_scored_once, make_bench, wait_for
+from tests.faults.poison_run import GREYS, LOG
+
+pytestmark = pytest.mark.faults
+
+# Long enough that a generator is in the middle of an item when it is killed.
+SLOW = ("generation.num_inference_steps=100",)
+CLASSES = "ac"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_maker, imagefolder_maker) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("bench"), tiny_maker, imagefolder_maker, repeat=10)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench, ray_cluster, tmp_path_factory) -> list[dict[str, Any]]:
+    return measure(bench, tmp_path_factory.mktemp("undisturbed"), [])[0]
+
+
+def measure(
+    bench: Bench, store: Path, strikes: list[Callable[[EvaluationPool], None]], *overrides: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Results and status of a run during which `strikes` are carried out, one after the other, by a thread."""
+    config = bench.config(*SLOW, *overrides)
+    failed: list[BaseException] = []
+    with EvaluationPool.start(config) as pool:
+
+        def strike() -> None:
+            try:
+                for blow in strikes:
+                    blow(pool)
+            except AssertionError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=strike, daemon=True)
+        thread.start()
+        results = run_jobs(bench.jobs("none", "base", classes=CLASSES), bench.inputs(config, store), pool)
+        thread.join(300)
+        assert not thread.is_alive() and not failed, failed
+        return results, pool.status()
+
+
+def working(pool: EvaluationPool, kind: str, items: int) -> tuple[int, int] | None:
+    """Pid of a worker that is on an item once `items` of them are done, and how many are done."""
+    status = pool.status()[kind]
+    pids = [worker["pid"] for worker in status["workers"] if worker["working"]]
+    return (pids[0], status["done"]) if pids and status["done"] >= items else None
+
+
+def strike_at_work(kind: str, after: int, number: signal.Signals) -> Callable[[EvaluationPool], None]:
+    """Send a signal to a worker while it is on an item: it is stopped first, and looked at again."""
+
+    def blow(pool: EvaluationPool) -> None:
+        while True:
+            found = wait_for(lambda: working(pool, kind, after))
+            os.kill(found[0], signal.SIGSTOP)
+            time.sleep(0.2)
+            if working(pool, kind, after) == found:
+                os.kill(found[0], number)
+                return
+            os.kill(found[0], signal.SIGCONT)
+
+    return blow
+
+
+def same(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    return [(r["job_id"], r["distances"]) for r in results] == [(r["job_id"], r["distances"]) for r in expected]
+
+
+def test_killed_scorer_and_generator_are_replaced(bench, undisturbed, tmp_path) -> None:
+    results, status = measure(
+        bench,
+        tmp_path,
+        [
+            strike_at_work("scorers", 0, signal.SIGKILL),
+            strike_at_work("generators", 2, signal.SIGKILL),
+        ],
+    )
+    assert same(results, undisturbed)
+    items = assert_each_picture_scored_once(results, tmp_path)
+    for kind in ("generators", "scorers"):
+        assert (status[kind]["done"], status[kind]["retried"], status[kind]["failed"]) == (items, 1, 0)
+    attempts = [item for result in results for item in score_record(tmp_path, result)["items"]]
+    assert sorted(item["generate_attempts"] for item in attempts) == [1] * (items - 1) + [2]
+    assert sorted(item["score_attempts"] for item in attempts) == [1] * (items - 1) + [2]
+
+
+def test_silent_scorer_is_replaced(bench, undisturbed, tmp_path) -> None:
+    results, status = measure(
+        bench,
+        tmp_path,
+        [strike_at_work("scorers", 1, signal.SIGSTOP)],
+        "evaluation.item_timeout_s=45",
+    )
+    assert same(results, undisturbed)
+    items = assert_each_picture_scored_once(results, tmp_path)
+    assert (status["scorers"]["done"], status["scorers"]["retried"]) == (items, 1)
+
+
+def test_killed_coordinator_starts_again_and_finishes(bench, undisturbed, tmp_path) -> None:
+    def blow(pool: EvaluationPool) -> None:
+        wait_for(lambda: working(pool, "generators", 1))
+        os.kill(pool.status()["pid"], signal.SIGKILL)
+
+    results, _ = measure(bench, tmp_path, [blow])
+    assert same(results, undisturbed)
+    assert_each_picture_scored_once(results, tmp_path)
+
+
+def test_killed_adaptation_is_repeated(bench, undisturbed, tmp_path) -> None:
+    def blow(_pool: EvaluationPool) -> None:
+        os.kill(wait_for(adaptations)[0].pid, signal.SIGKILL)
+
+    results, _ = measure(bench, tmp_path, [blow])
+    assert same(results, undisturbed)
+    assert_each_picture_scored_once(results, tmp_path)
+
+
+def test_adaptation_that_always_dies_is_reported(bench, undisturbed, tmp_path) -> None:
+    ended = threading.Event()
+
+    def blow(_pool: EvaluationPool) -> None:
+        while not ended.is_set():
+            for process in adaptations():
+                process.kill()
+            ended.wait(0.05)
+
+    config = bench.config(*SLOW)
+    with EvaluationPool.start(config) as pool:
+        thread = threading.Thread(target=blow, args=(pool,), daemon=True)
+        thread.start()
+        results = run_jobs(bench.jobs("none", "base", classes="a"), bench.inputs(config, tmp_path), pool)
+        ended.set()
+        thread.join()
+    failure, base = results
+    assert (failure["failed"], failure["stage"], failure["attempts"]) == (True, "adapt", 3)
+    assert failure["reason"].startswith("WorkerCrashedError: The worker died unexpectedly")
+    assert same([base], [r for r in undisturbed if r["job_id"] == base["job_id"]])
+
+
+def score_record(store: Path, result: dict[str, Any], scorer: str = "style_enlite0") -> dict[str, Any]:
+    return json.loads((Store(store).folder(result["store"]) / f"score-{scorer}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, tiny_maker, imagefolder_maker) -> tuple[Path, dict[str, Any], list[Any]]:
+    """Store, output and log of a run whose scorer chokes on class c and on one item of class d."""
+    root = tmp_path_factory.mktemp("poisoned")
+    make_bench(root, tiny_maker, imagefolder_maker, GREYS)
+    log = root / "log"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.poison_run", str(root)],
+        # The hook runs before Ray gives a worker the driver's path.
+        env={**os.environ, LOG: str(log), "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return root / "poisoned", json.loads((root / "output.json").read_text()), lines
+
+
+def test_poisoned_items_are_reported_after_three_attempts(poisoned) -> None:
+    _, output, log = poisoned
+    a, b, c, d = output["results"]
+    assert (c["stage"], c["attempts"], c["reason"]) == ("score", 3, "ZeroDivisionError: cannot stand class c")
+    assert (d["stage"], d["attempts"]) == ("score", 3)
+    assert d["reason"].startswith("Actor") and "\n" not in d["reason"]
+    assert sum(grey == GREYS["d"] and count == 1 for _, grey, count in log) == 3
+    assert not a.get("failed") and not b.get("failed")
+
+
+def test_innocent_items_are_scored_once_and_charged_nothing(poisoned) -> None:
+    store, output, log = poisoned
+    for result in output["results"][:2]:
+        items = score_record(store, result, "poisoned")["items"]
+        assert [(item["generate_attempts"], item["score_attempts"]) for item in items] == [(1, 1)] * 3
+        assert len(result["distances"]) == 5
+    assert sum(grey is None for _, grey, _ in log) == 6
+    assert sum(grey == GREYS["d"] and count == 2 for _, grey, count in log) <= 2
+
+
+def test_pictures_are_scored_before_all_are_drawn(poisoned) -> None:
+    store, output, log = poisoned
+    first = min(time for time, grey, _ in log if grey is None)
+    saved = [Store(store).pictures_file(r["store"]).stat().st_mtime for r in output["results"][:2]]
+    assert first < min(saved)
