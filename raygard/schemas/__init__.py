@@ -9,22 +9,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from raygard.errors import RaygardError, nearest
 
 FOLDER = Path(__file__).parent
-NAMES = ("mask", "outcome")
+NAMES = ("mask", "outcome", "choice")
 
 
 def generate() -> dict[str, dict[str, Any]]:
     """JSON Schema (draft 2020-12) of every exchanged file, by name."""
     from raygard.mask.manifest import Manifest
+    from raygard.schemas.choice import Choice
     from raygard.schemas.outcome import Outcome
 
-    return {"mask": Manifest.model_json_schema(), "outcome": Outcome.model_json_schema()}
+    models: dict[str, type[BaseModel]] = {"mask": Manifest, "outcome": Outcome, "choice": Choice}
+    return {name: model.model_json_schema() for name, model in models.items()}
 
 
 def load(name: str) -> dict[str, Any]:
-    """The shipped schema `mask` or `outcome`. Raises RaygardError for another name."""
+    """The shipped schema `mask`, `outcome` or `choice`. Raises RaygardError for another name."""
     if name not in NAMES:
         raise RaygardError(f"no schema '{name}'{nearest(name, NAMES)}")
     return json.loads((FOLDER / f"{name}.schema.json").read_text(encoding="utf-8"))

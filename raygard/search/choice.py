@@ -1,0 +1,164 @@
+"""choice.json: which candidate the publisher should release, and the plain statement that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from raygard.errors import RaygardError
+from raygard.outcome import LEARNED, bracket
+from raygard.schemas.choice import Choice, Pick
+from raygard.search.proxy import is_finite
+
+RULE = (
+    "The p, with its temperature T and inner-loop length L, of largest mitigation among those whose legal impact's "
+    "upper 95 % confidence bound stays within the budget."
+)
+MEASURED = ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
+
+Candidate = Mapping[str, Any]
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    *,
+    domain: str,
+    legal_budget: float,
+    legal_penalty: float,
+    config_hash: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The content of choice.json (raygard/schemas/choice.schema.json) from all candidates of a search, in any order.
+
+    candidates: as in trial.json, measured on the publisher half. Only those whose mitigation, legal impact and both
+    intervals are finite are considered. Ties: smaller upper bound of legal impact, smaller p, then candidate_id;
+    for `nearest`, where no candidate meets the budget, more mitigation comes first among them.
+    legal_penalty, config_hash, seed: recorded, they do not act on the choice.
+    Raises RaygardError if no candidate can be considered, or if two share a candidate_id.
+    """
+    names = sorted(c["candidate_id"] for c in candidates)
+    twice = next((name for name, following in pairwise(names) if name == following), None)
+    if twice is not None:
+        raise RaygardError(f"two candidates of domain '{domain}' are called '{twice}'; each mask needs its own name")
+    scored = sorted((c for c in candidates if _is_scored(c)), key=_most_mitigation)
+    if not scored:
+        raise RaygardError(_nothing_scored(candidates, domain))
+    chosen = next((c for c in scored if _upper(c) <= legal_budget), None)
+    nearest = None if chosen is not None else min(scored, key=_least_impact)
+    return _finished(
+        {
+            "schema_version": 1,
+            "domain": domain,
+            "config_hash": config_hash,
+            "seed": seed,
+            "rule": RULE,
+            "legal_budget": legal_budget,
+            "legal_penalty": legal_penalty,
+            "meets_budget": chosen is not None,
+            "chosen": _pick(chosen),
+            "nearest": _pick(nearest),
+            "front": [c["candidate_id"] for c in scored if not any(_dominates(other, c) for other in scored)],
+            "considered": len(scored),
+            "outcome": None,
+        }
+    )
+
+
+def with_outcome(
+    choice: Mapping[str, Any], outcome: Mapping[str, Any], path: str = "final/outcome.json"
+) -> dict[str, Any]:
+    """The choice with the user half's numbers of the learned mask and a statement that includes them.
+
+    outcome: the content of outcome.json of the picked mask; path: where it lies, relative to the search directory.
+    Raises RaygardError if that outcome has no learned mask.
+    """
+    entry = next((s for s in outcome["summary"] if s["defence"] == LEARNED), None)
+    if entry is None:
+        raise RaygardError(f"{path} has no defence '{LEARNED}'; add it to evaluation.defences")
+    return _finished({**choice, "outcome": {**{field: entry[field] for field in MEASURED}, "path": path}})
+
+
+def _finished(choice: Mapping[str, Any]) -> dict[str, Any]:
+    return Choice.model_validate({**choice, "statement": _statement(choice)}).model_dump(mode="json")
+
+
+def _is_scored(candidate: Candidate) -> bool:
+    values = [candidate["mitigation"], candidate["legal_impact"]]
+    for field in ("mitigation_ci", "legal_impact_ci"):
+        values.extend(candidate[field] or (None,))
+    return all(is_finite(value) for value in values)
+
+
+def _nothing_scored(candidates: Sequence[Candidate], domain: str) -> str:
+    if not candidates:
+        return f"domain '{domain}' has no candidate to choose from: every trial failed; see trials.csv"
+    counts = [f"{sum(is_finite(c[field]) for c in candidates)} {field}" for field in ("mitigation", "legal_impact")]
+    return (
+        f"none of the {len(candidates)} candidates of domain '{domain}' has mitigation and legal impact with intervals "
+        f"({', '.join(counts)}): a role needs a class that full fine-tuning moves by three standard errors; "
+        "raise adapt.max_train_steps or generation.num_images"
+    )
+
+
+def _upper(candidate: Candidate) -> float:
+    return float(candidate["legal_impact_ci"][1])
+
+
+def _most_mitigation(candidate: Candidate) -> tuple[float, float, float, str]:
+    return -candidate["mitigation"], _upper(candidate), candidate["p"], candidate["candidate_id"]
+
+
+def _least_impact(candidate: Candidate) -> tuple[float, float, float, str]:
+    return _upper(candidate), -candidate["mitigation"], candidate["p"], candidate["candidate_id"]
+
+
+def _dominates(first: Candidate, second: Candidate) -> bool:
+    # By the upper bound, as the rule has it: a point estimate could drop the chosen candidate from the front.
+    gain, cost = first["mitigation"] - second["mitigation"], _upper(first) - _upper(second)
+    return gain >= 0 and cost <= 0 and (gain > 0 or cost < 0)
+
+
+def _pick(candidate: Candidate | None) -> dict[str, Any] | None:
+    return None if candidate is None else {field: candidate[field] for field in Pick.model_fields}
+
+
+def measure(value: float | None, interval: Sequence[float] | None) -> str:
+    """`0.123 [0.100, 0.150]`, or `-` for null."""
+    return "-" if value is None else f"{value:.3f} {bracket(interval)}".rstrip()
+
+
+def _statement(choice: Mapping[str, Any]) -> str:
+    pick, budget, count = choice["chosen"] or choice["nearest"], choice["legal_budget"], choice["considered"]
+    point = f"p = {pick['p']:g} (T = {pick['T']:g}, L = {pick['L']})"
+    scored = f"publisher half, {count} candidate{'s' * (count > 1)} scored"
+    if choice["meets_budget"]:
+        sentences = [
+            f"Release with {point}: {_both(pick)}, whose upper bound is within the budget of {budget:g} ({scored})."
+        ]
+    else:
+        sentences = [
+            f"No p meets the budget: no candidate keeps the upper 95 % bound of its legal impact within {budget:g} "
+            f"({scored}). The nearest is {point}: {_both(pick)}, upper bound {_upper(pick):.4g}."
+        ]
+    if pick["mitigation_ci"][0] <= 0:
+        sentences.append("Its mitigation is not shown to be above zero.")
+    if choice["outcome"] is not None:
+        sentences.append(f"On the user half, on which nothing was chosen: {_both(choice['outcome'])}.")
+        sentences += _user_half_verdict(choice["outcome"], budget)
+    return " ".join(sentences)
+
+
+def _user_half_verdict(outcome: Mapping[str, Any], budget: float) -> list[str]:
+    if outcome["legal_impact_ci"] is None:
+        return ["Its legal impact cannot be measured there."]
+    upper = _upper(outcome)
+    words = "is within the budget" if upper <= budget else f"exceeds the budget of {budget:g}"
+    return [f"There the upper bound of legal impact, {upper:.4g}, {words}."]
+
+
+def _both(numbers: Mapping[str, Any]) -> str:
+    return (
+        f"mitigation {measure(numbers['mitigation'], numbers['mitigation_ci'])} at a legal impact of "
+        f"{measure(numbers['legal_impact'], numbers['legal_impact_ci'])}"
+    )
