@@ -89,6 +89,20 @@ def frozen_shares(names: Sequence[str], sizes: Sequence[int], frozen: Sequence[b
     return FrozenShares(blocks, kinds, shares[0], shares[1])
 
 
+def block_shares(
+    names: Sequence[str], sizes: Sequence[int], frozen: Sequence[bool]
+) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
+    """Blocks in the order of the signal, and the share frozen of their tensors and of their parameters, (blocks,)."""
+    placed = [block_of(name)[0] for name in names]
+    blocks = tuple(sorted(set(placed), key=_block_rank))
+    rows = np.array([blocks.index(block) for block in placed])
+    shares = [
+        np.bincount(rows, np.multiply(weights, frozen)) / np.bincount(rows, weights)
+        for weights in (np.ones(len(names)), np.array(sizes, dtype=float))
+    ]
+    return blocks, shares[0], shares[1]
+
+
 def _block_rank(block: str) -> tuple[int, str, int]:
     stem, _, index = block.rpartition(" ")
     stem, number = (stem, int(index)) if index.isdigit() else (block, 0)

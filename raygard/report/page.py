@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,11 @@ import numpy as np
 from raygard.errors import RaygardError
 from raygard.outcome import bracket, compare_sentence
 from raygard.report import plots
+from raygard.report.html import both_themes, data_uri, percent_bracket, run_facts, settings_list, write_page
 from raygard.report.layers import frozen_shares
 from raygard.report.load import Pictures, RunFiles
+from raygard.report.search_load import SEARCH
+from raygard.report.search_page import build_search_report
 from raygard.tracking import redact
 
 NUM_PROMPTS, CELL_PX = 6, 128
@@ -25,40 +25,27 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory, atomically, and return its path.
+    """Write `report.html` into the directory of a run or of a search, atomically, and return its path.
 
     Stages that have not run are left out, with one sentence each. The page is self-contained: no network.
     Raises RaygardError if there is no such folder, nothing in it belongs to a run, or a file is damaged.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    files = RunFiles(Path(run_dir))
-    if not files.path.is_dir():
-        raise RaygardError(f"no run directory at {files.path}")
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise RaygardError(f"no run directory at {path}")
+    if (path / SEARCH).exists():
+        return build_search_report(path)
+    files = RunFiles(path)
     if not (files.config or files.run or files.outcome or files.mask or files.learn):
         raise RaygardError(f"{files.path} holds no raygard run: neither config.yaml, learn, mask nor outcome.json")
-    environment = Environment(
-        loader=PackageLoader("raygard.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html.j2").render(_content(files))
-    target = files.path / "report.html"
-    handle, temporary = tempfile.mkstemp(dir=files.path, prefix=".report")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(page)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
-    return target
+    return write_page("run.html.j2", _content(files), files.path / "report.html")
 
 
 def _content(files: RunFiles) -> dict[str, Any]:
     outcome = files.outcome
     parts: dict[str, Any] = {
         "outcome": outcome,
-        "headline": headline(outcome) if outcome else None,
+        "headline": headline(outcome) if outcome else "This run has no outcome yet.",
         "verdict": verdict(outcome) if outcome else [],
         "cards": _cards(files),
         "table": _table(outcome) if outcome else [],
@@ -69,7 +56,7 @@ def _content(files: RunFiles) -> dict[str, Any]:
         "soft_mask": None,
         "heat_map": None,
         "savings": _savings(files.results),
-        "settings": [(key, redact(value)) for key, value in _flatten(files.config)],
+        "settings": settings_list(files.config),
         "facts": _facts(files),
         "counts": files.run.get("domain_counts") or {},
         "name": files.path.resolve().name,
@@ -78,27 +65,19 @@ def _content(files: RunFiles) -> dict[str, Any]:
         "label": plots.label,
     }
     if outcome and any(s["mitigation"] is not None and s["legal_impact"] is not None for s in outcome["summary"]):
-        parts["tradeoff"] = _both(lambda theme: plots.tradeoff(outcome, theme))
+        parts["tradeoff"] = both_themes(lambda theme: plots.tradeoff(outcome, theme))
     if outcome and any(s["defence"] != "none" for s in outcome["summary"]):
-        parts["blocked"] = _both(lambda theme: plots.blocked(outcome, theme))
+        parts["blocked"] = both_themes(lambda theme: plots.blocked(outcome, theme))
     if files.relearn or files.learn:
-        parts["losses"] = _both(lambda theme: plots.losses(files.relearn, files.learn, theme))
+        parts["losses"] = both_themes(lambda theme: plots.losses(files.relearn, files.learn, theme))
     if any(r["kind"] == "publisher" for history in files.learn.values() for r in history):
-        parts["soft_mask"] = _both(lambda theme: plots.soft_mask(files.learn, theme))
+        parts["soft_mask"] = both_themes(lambda theme: plots.soft_mask(files.learn, theme))
     if files.mask:
         tensors = files.mask["tensors"]
         sizes = [int(np.prod(t["shape"])) for t in tensors]
         shares = frozen_shares([t["name"] for t in tensors], sizes, [t["frozen"] for t in tensors])
-        parts["heat_map"] = _both(lambda theme: plots.heat_map(shares, theme))
+        parts["heat_map"] = both_themes(lambda theme: plots.heat_map(shares, theme))
     return parts
-
-
-def _uri(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def _both(draw: Callable[[int], bytes]) -> dict[str, str]:
-    return {name: _uri(draw(theme)) for name, theme in plots.THEMES.items()}
 
 
 def _summary(outcome: Mapping[str, Any], defence: str) -> Mapping[str, Any] | None:
@@ -114,15 +93,11 @@ def headline(outcome: Mapping[str, Any]) -> str:
         return "No illegal class adapts measurably in this run, so there is nothing a mask could block."
     text = (
         f"Freezing {freeze['freeze_ratio']:.0%} of tensors ({freeze['param_share']:.0%} of parameters) "
-        f"blocks {freeze['mitigation']:.1%} {_percent(freeze['mitigation_ci'])} of illegal adaptation"
+        f"blocks {freeze['mitigation']:.1%} {percent_bracket(freeze['mitigation_ci'])} of illegal adaptation"
     )
     if freeze["legal_impact"] is None:
         return f"{text}; what it costs legal users could not be measured."
-    return f"{text} and {freeze['legal_impact']:.1%} {_percent(freeze['legal_impact_ci'])} of legal adaptation."
-
-
-def _percent(interval: Sequence[float] | None) -> str:
-    return f"[{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+    return f"{text} and {freeze['legal_impact']:.1%} {percent_bracket(freeze['legal_impact_ci'])} of legal adaptation."
 
 
 def verdict(outcome: Mapping[str, Any]) -> list[str]:
@@ -218,7 +193,7 @@ def _grids(files: RunFiles) -> list[dict[str, Any]]:
                 "role": role,
                 "columns": [title for title, _ in columns],
                 "captions": list(captions[:rows]),
-                "image": _uri(picture_grid([pictures[:rows] for _, pictures in columns])),
+                "image": data_uri(picture_grid([pictures[:rows] for _, pictures in columns])),
             }
         )
     return sorted(grids, key=lambda grid: grid["role"])
@@ -275,15 +250,6 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} {UNITS[unit]}"
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        pairs = ((f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items())
-        return [entry for key, item in pairs for entry in _flatten(item, key)]
-    if isinstance(value, list):
-        return [(prefix, ", ".join(map(str, value)))]
-    return [(prefix, "-" if value is None else str(value))] if prefix else []
-
-
 def _facts(files: RunFiles) -> list[tuple[str, str]]:
     run, mask = files.run, files.mask
     facts = [
@@ -294,8 +260,7 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     ]
     if mask:
         facts += [("base model", redact(mask["base"]["id"])), ("mask sha256", mask["base"]["fingerprint"])]
-    facts += [(f"version of {name}", str(v)) for name, v in (run.get("versions") or {}).items()]
-    facts += [(f"time of {stage}", f"{float(s):.1f} s") for stage, s in (run.get("seconds") or {}).items()]
+    facts += run_facts(run)
     return [(name, value) for name, value in facts if value]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raygard.report.layers import FrozenShares
 
@@ -48,11 +49,13 @@ def rank(defence: str) -> tuple[int, str]:
     return (known.index(defence) if defence in known else len(known)), defence
 
 
-def _colour(defence: str, theme: int) -> str:
+def colour_of(defence: str, theme: int) -> str:
+    """The colour of a defence in every plot."""
     return DEFENCE_COLOURS.get(defence, OTHER)[theme]
 
 
-def _figure(width: float, height: float, theme: int, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(width: float, height: float, theme: int, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure of width x height inches in a theme, and its axes, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,17 +73,20 @@ def _figure(width: float, height: float, theme: int, columns: int = 1, rows: int
     return figure, axes
 
 
-def _title(axis: Axes, theme: int, title: str = "", x: str = "", y: str = "") -> None:
+def titles(axis: Axes, theme: int, title: str = "", x: str = "", y: str = "") -> None:
+    """Set what an axis says above, below and beside itself."""
     axis.set_title(title, fontsize=10, color=INK[theme], loc="left", weight="bold")
     axis.set_xlabel(x, fontsize=9.5, color=INK[theme])
     axis.set_ylabel(y, fontsize=9.5, color=INK[theme])
 
 
-def _legend(axis: Axes, theme: int, **options: Any) -> None:
+def legend(axis: Axes, theme: int, **options: Any) -> None:
+    """Add a frameless legend in the ink of the theme."""
     axis.legend(frameon=False, fontsize=9, labelcolor=INK[theme], **options)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -90,7 +96,7 @@ def tradeoff(outcome: Mapping[str, Any], theme: int) -> bytes:
     """Mitigation against legal impact, with both 95 % intervals and the target corner."""
     from matplotlib.patches import Rectangle
 
-    figure, (axis,) = _figure(7.6, 4.6, theme)
+    figure, (axis,) = canvas(7.6, 4.6, theme)
     points = [s for s in outcome["summary"] if s["mitigation"] is not None and s["legal_impact"] is not None]
     xs = [v for s in points for v in (*s["legal_impact_ci"], s["legal_impact"])]
     ys = [v for s in points for v in (*s["mitigation_ci"], s["mitigation"])]
@@ -111,14 +117,14 @@ def tradeoff(outcome: Mapping[str, Any], theme: int) -> bytes:
         error_y = [[y - min(y, s["mitigation_ci"][0])], [max(y, s["mitigation_ci"][1]) - y]]
         axis.errorbar(
             x, y, xerr=error_x, yerr=error_y, fmt=MARKERS.get(s["defence"], "o"), markersize=8,
-            color=_colour(s["defence"], theme), elinewidth=1.6, label=label(s["defence"]),
+            color=colour_of(s["defence"], theme), elinewidth=1.6, label=label(s["defence"]),
             markeredgecolor=PAPER[theme], markeredgewidth=0.8,
         )  # fmt: skip
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
-    _title(axis, theme, x="legal impact (0: legal users notice nothing)", y="mitigation (1: as if never trained)")
-    _legend(axis, theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
+    titles(axis, theme, x="legal impact (0: legal users notice nothing)", y="mitigation (1: as if never trained)")
+    legend(axis, theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(figure)
 
 
 def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
@@ -130,7 +136,7 @@ def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
     counted = {c["class"]: c["counted"] for c in outcome["classes"]}
     roles = {c["class"]: c["role"] for c in outcome["classes"]}
     defences = [s["defence"] for s in outcome["summary"] if s["defence"] != "none"]
-    figure, (axis,) = _figure(7.6, 0.7 + len(classes) * (0.28 + 0.17 * len(defences)), theme)
+    figure, (axis,) = canvas(7.6, 0.7 + len(classes) * (0.28 + 0.17 * len(defences)), theme)
     axis.grid(axis="y", visible=False)
     for value in (0, 1):
         axis.axvline(value, color=INK[theme], linewidth=0.8)
@@ -144,7 +150,7 @@ def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
             ]
             if not values:
                 continue
-            y, colour = row - 0.4 + step * (place + 0.5), _colour(defence, theme)
+            y, colour = row - 0.4 + step * (place + 0.5), colour_of(defence, theme)
             axis.plot([np.mean(values)] * 2, [y - step * 0.42, y + step * 0.42], color=colour, linewidth=2.4)
             axis.plot(
                 values,
@@ -163,9 +169,9 @@ def blocked(outcome: Mapping[str, Any], theme: int) -> bytes:
     axis.set_ylim(len(classes) - 0.5, -0.5)
     for tick, name in zip(axis.get_yticklabels(), classes, strict=True):
         tick.set_color(ROLE_COLOURS[roles[name]][theme])
-    _title(axis, theme, x="blocked (0: adapts as if unguarded, 1: as if never trained)")
-    _legend(axis, theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
+    titles(axis, theme, x="blocked (0: adapts as if unguarded, 1: as if never trained)")
+    legend(axis, theme, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return png(figure)
 
 
 def losses(relearn: Sequence[Mapping[str, Any]], learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> bytes:
@@ -179,7 +185,7 @@ def losses(relearn: Sequence[Mapping[str, Any]], learn: Mapping[str, Sequence[Ma
         }
         if any(series.values()):
             panels.append((title, "step" if kind == "user" else "publisher step k", series))
-    figure, axes = _figure(3.3 * max(2, len(panels)), 3.2, theme, len(panels))
+    figure, axes = canvas(3.3 * max(2, len(panels)), 3.2, theme, len(panels))
     for index, (axis, (title, x, curves)) in enumerate(zip(axes, panels, strict=True)):
         for role, colours in ROLE_COLOURS.items():
             for number, history in enumerate(curves.values()):
@@ -187,9 +193,9 @@ def losses(relearn: Sequence[Mapping[str, Any]], learn: Mapping[str, Sequence[Ma
                 values = np.array([r[f"{role}_loss"] for r in history], dtype=float)
                 axis.plot(steps, values, color=colours[theme], alpha=0.22, linewidth=0.9)
                 axis.plot(steps, smooth(values), color=colours[theme], linewidth=1.8, label=None if number else role)
-        _title(axis, theme, title, x, "diffusion loss (MSE)" if index == 0 else "")
-    _legend(axes[0], theme, loc="upper right")
-    return _png(figure)
+        titles(axis, theme, title, x, "diffusion loss (MSE)" if index == 0 else "")
+    legend(axes[0], theme, loc="upper right")
+    return png(figure)
 
 
 def smooth(values: Any) -> Any:
@@ -201,7 +207,7 @@ def smooth(values: Any) -> Any:
 
 def soft_mask(learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> bytes:
     """Soft-mask mean, share a rounding would freeze, and the gap between both, at every publisher step."""
-    figure, (left, right) = _figure(8.4, 3.1, theme, 2)
+    figure, (left, right) = canvas(8.4, 3.1, theme, 2)
     lines = (
         ("soft_mean", "soft mask, mean", DEFENCE_COLOURS["freeze"], "-"),
         ("frozen_by_count", "frozen tensors", DEFENCE_COLOURS["random"], "--"),
@@ -216,36 +222,39 @@ def soft_mask(learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> b
         right.plot(ks, [r["rounding_gap"] for r in steps], color=DEFENCE_COLOURS["freeze"][theme], linewidth=1.8)
     left.set_ylim(-0.02, 1.02)
     right.set_ylim(bottom=0)
-    _title(left, theme, "how much is frozen", "publisher step k", "share")
-    _title(right, theme, "soft against rounded mask", "publisher step k", "rounding gap")
-    _legend(left, theme, loc="upper left")
-    return _png(figure)
+    titles(left, theme, "how much is frozen", "publisher step k", "share")
+    titles(right, theme, "soft against rounded mask", "publisher step k", "rounding gap")
+    legend(left, theme, loc="upper left")
+    return png(figure)
+
+
+def cells(axis: Axes, theme: int, values: NDArray[np.float64], words: Sequence[Sequence[str]]) -> None:
+    """A heat map of shares, (rows, columns), with words in its cells; NaN cells stay empty."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ramp = LinearSegmentedColormap.from_list("frozen", [FAINT[theme], colour_of("freeze", theme)])
+    axis.grid(visible=False)
+    axis.imshow(np.ma.masked_invalid(values), cmap=ramp.with_extremes(bad=(0, 0, 0, 0)), vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = (INK if value < 0.55 else PAPER)[theme]
+            axis.text(column, row, words[row][column], ha="center", va="center", fontsize=7.5, color=ink)
+    axis.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color=PAPER[theme], linewidth=1.4)
+    axis.tick_params(which="minor", length=0)
 
 
 def heat_map(shares: FrozenShares, theme: int) -> bytes:
     """Share frozen of every block and module kind, by tensors and by parameters."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    ramp = LinearSegmentedColormap.from_list("frozen", [FAINT[theme], DEFENCE_COLOURS["freeze"][theme]])
-    colours = ramp.with_extremes(bad=(0, 0, 0, 0))
     rows, columns = shares.by_count.shape
-    figure, axes = _figure(max(7.6, 1.6 + 0.47 * columns), 1.5 + 0.54 * rows, theme, rows=2)
+    figure, axes = canvas(max(7.6, 1.6 + 0.47 * columns), 1.5 + 0.54 * rows, theme, rows=2)
     for axis, values, title in zip(
         axes, (shares.by_count, shares.by_params), ("share of tensors", "share of parameters"), strict=True
     ):
-        axis.grid(visible=False)
-        axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto")
-        for i in range(rows):
-            for j in range(columns):
-                if np.isfinite(values[i, j]):
-                    ink = INK[theme] if (values[i, j] < 0.55) else PAPER[theme]
-                    axis.text(j, i, f"{values[i, j]:.0%}", ha="center", va="center", fontsize=7.5, color=ink)
+        cells(axis, theme, values, [[f"{value:.0%}" for value in row] for row in values])
         axis.set_xticks(range(columns), shares.kinds, rotation=60, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(rows), shares.blocks)
-        axis.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
-        axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color=PAPER[theme], linewidth=1.4)
-        axis.tick_params(which="minor", length=0)
-        _title(axis, theme, f"frozen {title}")
+        titles(axis, theme, f"frozen {title}")
     axes[0].set_xticklabels([])
-    return _png(figure)
+    return png(figure)
