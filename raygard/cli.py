@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,6 +128,55 @@ def _run(config: Any, out: Path, quiet: bool) -> None:
     with _flow(config, out, quiet) as flow:
         outcome = flow.run()
     _print_outcome(flow, outcome)
+
+
+@app.command()
+def search(
+    out: OutOption,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", help="YAML file; repeat it to search several domains.")
+    ] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    workers: WorkersOption = None,
+    zero_stage: StageOption = None,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Find the freeze ratio p (with T and L) to release with, within the domain's budget of legal harm.
+
+    Ray Tune runs the trials on the publisher half; the chosen mask is then scored once on the user half. A search
+    that was cut off goes on when the same command is given again.
+    """
+    from raygard.cluster.session import ray_session, require_resources, require_state_api
+    from raygard.progress import Progress
+    from raygard.search.tables import domains_table, format_trials
+    from raygard.search_flow import SearchFlow, search_folders, write_domains
+
+    files: list[Path | None] = [*config] if config else [None]
+    configs = [_config(path, overrides, model, data, workers, zero_stage) for path in files]
+    folders = search_folders(configs, out)
+    done = []
+    with ExitStack() as stack:
+
+        def connect(run_config: Any) -> None:
+            stack.enter_context(ray_session(state_api=True))
+            require_resources(run_config.engine)
+            require_state_api()
+
+        # All are checked before the first one starts: a mistake in the last would otherwise show up hours later.
+        flows = [
+            SearchFlow(each, folder, Progress(quiet=quiet), partial(connect, each))
+            for each, folder in zip(configs, folders, strict=True)
+        ]
+        for flow in flows:
+            choice = flow.run()
+            print(format_trials(flow.summary, choice))
+            print(f"\nreport   {flow.dir / 'report.html'}\nchoice   {flow.dir / 'choice.json'}\n")
+            done.append((flow.summary, choice))
+    if len(done) > 1:
+        write_domains(out, done)
+        print(domains_table(done))
 
 
 @app.command()

@@ -110,4 +110,4 @@ def imagefolder_maker() -> Maker:
     return make_imagefolder
 
 
-pytest_plugins = ["tests.ray_fixtures"]
+pytest_plugins = ["tests.ray_fixtures", "tests.search_fixtures"]

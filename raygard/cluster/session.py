@@ -12,12 +12,14 @@ from raygard.config import EngineConfig
 from raygard.errors import RaygardError
 
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024 * 1024
+STARTUP_CONCURRENCY = 8
 
 
 @contextmanager
-def ray_session(local_cpus: int | None = None) -> Iterator[None]:
+def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> Iterator[None]:
     """Use the cluster named by RAY_ADDRESS (set inside `ray job submit`), else a private local one.
 
+    state_api: start the dashboard of a local cluster (on loopback); Ray's state API is served by it.
     A local cluster started here is shut down on leaving; a cluster that existed before is left alone.
     """
     import ray
@@ -31,8 +33,11 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
         options |= {
             "address": "local",
             "num_cpus": local_cpus or max(2, os.cpu_count() or 2),
-            "include_dashboard": False,
+            "include_dashboard": state_api,
+            "dashboard_host": "127.0.0.1",
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+            # A search starts many small processes; below this Ray warns of each batch of them.
+            "_system_config": {"worker_maximum_startup_concurrency": STARTUP_CONCURRENCY},
         }
     try:
         ray.init(**options)
@@ -48,6 +53,26 @@ def ray_session(local_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def require_state_api() -> None:
+    """Raise RaygardError if the cluster's state API does not answer.
+
+    Ray Train learns through it that a stopped trial's controller is gone, and only then frees the trial's workers:
+    without it a search that stops a trial would wait for ever.
+    """
+    import ray
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        # Without the address Ray would look for any cluster on this machine, and refuse if there are two.
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
+    except (RayStateApiException, OSError) as error:
+        raise RaygardError(
+            f"the cluster's state API does not answer ({str(error).splitlines()[0][:120]}); a search needs it: start "
+            "the head with --include-dashboard=true and install ray[default]"
+        ) from None
 
 
 def require_resources(engine: EngineConfig) -> None:

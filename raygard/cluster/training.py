@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,19 @@ def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None =
 
 
 def learn(
-    config: RunConfig, cache: Path, relearned: Path, mask_seed: int, out: Path, *, on_row: OnRow | None = None
+    config: RunConfig,
+    cache: Path,
+    relearned: Path,
+    mask_seed: int,
+    out: Path,
+    *,
+    on_row: OnRow | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Learn mask logits (Algorithm 1); return logits and soft mask, float64 (N,)."""
+    """Learn mask logits (Algorithm 1); return logits and soft mask, float64 (N,).
+
+    callbacks: Ray Train user callbacks, e.g. Tune's `TuneReportCallback` inside a trial.
+    """
     job = {
         "stage": "learn",
         "cache": str(cache),
@@ -59,7 +69,7 @@ def learn(
         "out": str(out),
         "mask_seed": mask_seed,
     }
-    _fit(config, job, out, on_row)
+    _fit(config, job, out, on_row, callbacks)
     arrays = load_file(str(out / "logits.safetensors"))
     shutil.rmtree(out / "ray", ignore_errors=True)
     if not torch.isfinite(arrays["logits"]).all():
@@ -67,7 +77,9 @@ def learn(
     return arrays["logits"], arrays["soft"]
 
 
-def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None) -> None:
+def _fit(
+    config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None, callbacks: Sequence[Any] = ()
+) -> None:
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -89,6 +101,7 @@ def _fit(config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None
             storage_path=str((out / "ray").resolve()),
             failure_config=FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=engine.checkpoints_total_limit),
+            callbacks=list(callbacks),
         ),
     )
     with follow_history(out / "history.jsonl", on_row):

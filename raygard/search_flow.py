@@ -1,0 +1,354 @@
+"""The search of one domain: relearn once, run the trials, choose on the publisher half, score once on the user half."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raygard.config import RunConfig, config_hash
+from raygard.defences import save_controls
+from raygard.errors import RaygardError
+from raygard.files import write_text
+from raygard.flow import YARDSTICKS, Flow
+from raygard.mask import FreezeMask
+from raygard.outcome import build_outcome
+from raygard.progress import Progress
+from raygard.report import build_report
+from raygard.search.choice import choose, with_outcome
+from raygard.search.proxy import calibrate, measured
+from raygard.search.space import Point, grid, milestones, num_trials, trial_config
+from raygard.search.tables import domains_markdown, trials_csv
+from raygard.search_tracking import SearchTracking
+
+log = logging.getLogger("raygard")
+
+SCHEMA_VERSION = 1
+CONTROL_FIELDS = ("param_share", "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
+
+
+class SearchFlow:
+    """One search in one directory. Everything but the last step reads the publisher half only."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: str | Path,
+        progress: Progress | None = None,
+        connect: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Check everything before anything is written; arguments as for `Flow`.
+
+        Raises RaygardError, also for a combination of the space that is no valid configuration.
+        """
+        if config.evaluation.half != "publisher":
+            evaluation = config.evaluation.model_copy(update={"half": "publisher"})
+            config = config.model_copy(update={"evaluation": evaluation})
+        if not config.domain.illegal or not config.domain.legal:
+            raise RaygardError("a search needs illegal and legal classes: the choice weighs one against the other")
+        for point in grid(config):
+            trial_config(config, point)
+        self.config, self.out = config, Path(out)
+        self.flow = Flow(config, out, progress, connect)
+        self.dir = self.flow.dir
+        self.progress = self.flow.progress
+        self.seconds: dict[str, float] = {}
+        self.tracking = SearchTracking(self.flow)
+        self.summary: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """The whole search; returns choice.json's content."""
+        from raygard.cluster.evaluation import EvaluationPool
+
+        started, begun = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
+        with self.flow.parent, EvaluationPool.start(self.config) as pool:
+            relearned = self._timed("relearn", self.flow.relearn)
+            folder = self.dir / "select"
+            inputs = self.flow.evaluation_inputs(folder, milestones(self.config))
+            reference = self._timed("reference", self._reference, inputs, pool)
+            records = self._timed("trials", self._trials, inputs, pool, relearned, reference)
+            candidates = [entry for record in records for entry in record["candidates"]]
+            controls = self._timed("controls", self._controls, inputs, pool, reference, candidates)
+            search = self._summary(records, controls, reference, started)
+            choice = choose(
+                candidates,
+                domain=self.config.domain.name,
+                legal_budget=self.config.domain.legal_budget,
+                legal_penalty=self.config.search.legal_penalty,
+                config_hash=config_hash(self.config),
+                seed=self.config.seed,
+            )
+            self._write(search, choice)
+            self._copy_mask(choice)
+            outcome, agreement = self._timed("final", self._final, choice, pool)
+            choice = with_outcome(choice, outcome)
+            self.seconds["total"] = round(time.monotonic() - begun, 2)
+            search = {**search, "agreement": agreement, "seconds": self.seconds}
+            search["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self._write(search, choice)
+            self.summary = search
+            report = build_report(self.dir.path)
+            self.tracking.finish(search, choice, report)
+        return choice
+
+    # Stages
+
+    def _reference(self, inputs: Any, pool: Any) -> list[dict[str, Any]]:
+        """The release itself and users without any mask: what every trial is measured against."""
+        from raygard.cluster.evaluation import EvaluationJob, run_jobs
+
+        jobs = [
+            EvaluationJob(defence, cls, role, seed=seed)
+            for defence in reversed(YARDSTICKS)
+            for seed in (self.config.evaluation.adaptation_seeds if defence == "none" else (0,))
+            for role in ("illegal", "legal")
+            for cls in getattr(self.config.domain, role)
+        ]
+        with self.progress.bar("users without a mask", len(jobs)) as bar:
+            results = run_jobs(jobs, inputs, pool, on_result=lambda result: bar.advance(1, result["class"]))
+        failed = next((result for result in results if result.get("failed")), None)
+        if failed is not None:
+            raise RaygardError(f"{failed['job_id']}: {failed['reason']} (nothing can be measured without it)")
+        self._refuse_if_nothing_counts(build_outcome(results, self.config, {})["classes"])
+        self.tracking.reference(results)
+        return results
+
+    def _refuse_if_nothing_counts(self, classes: Sequence[Mapping[str, Any]]) -> None:
+        for role in ("illegal", "legal"):
+            own = [entry for entry in classes if entry["role"] == role]
+            if not any(entry["counted"] for entry in own):
+                gaps = ", ".join(f"{c['class']} {c['gap']:.3g} (3 standard errors: {3 * c['se']:.3g})" for c in own)
+                raise RaygardError(
+                    f"no {role} class can be measured: fine-tuning without a mask moves the {role} classes too little "
+                    f"({gaps}); raise adapt.max_train_steps, adapt.learning_rate or generation.num_images"
+                )
+
+    def _trials(self, inputs: Any, pool: Any, relearned: Path, reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        from raygard.cluster.search import run_trials
+        from raygard.cluster.trial import PROGRESS, TRIAL, TrialInputs, read_record
+
+        trials = self.dir / "trials"
+        key = json.dumps([config_hash(self.config), self.flow.model_hash, self.flow.learn_cache.name, inputs.cache])
+        shared = TrialInputs(
+            config=self.config.model_dump(mode="json"),
+            key=hashlib.sha256(key.encode()).hexdigest()[:16],
+            cache=str(self.flow.learn_cache),
+            relearned=str(relearned),
+            out=str(trials),
+            evaluation=inputs,
+            pool=pool,
+            reference=reference,
+        )
+        ended: set[str] = set()
+        with self.progress.bar("trials", num_trials(self.config)) as bar:
+
+            def listen(event: str, trial_id: str, result: dict[str, Any]) -> None:
+                folder = trials / trial_id
+                if event == "result":
+                    bar.advance(0, describe(trial_id, result))
+                    self.tracking.report(trial_id, result)
+                    return
+                record = read_record(folder / TRIAL)
+                if record is None or record["key"] != shared.key:
+                    record = read_record(folder / PROGRESS) or _bare_record(self.config, trial_id, shared.key)
+                    status = "failed" if event == "error" else "pruned"
+                    reason = result.get("reason") if event == "error" else "stopped early: its proxy ranked low"
+                    record = {**record, "status": status, "reason": reason}
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_text(folder / TRIAL, json.dumps(record, indent=1) + "\n")
+                if trial_id not in ended:
+                    ended.add(trial_id)
+                    bar.advance(1, f"{trial_id} {record['status']}")
+                    if record["status"] == "failed":
+                        log.warning("trial %s failed: %s", trial_id, record["reason"])
+                self.tracking.trial(record)
+
+            run_trials(self.config, shared, self.dir.path, listen)
+        records = [read_record(trials / point.trial_id / TRIAL) for point in grid(self.config)]
+        known = [record for record in records if record is not None and record["key"] == shared.key]
+        for record in known:
+            self.tracking.trial(record)
+        scored = sorted((r for r in known if r["status"] == "scored"), key=lambda r: r["finished"])
+        first = {record["trial_id"] for record in scored[: self.config.search.calibration_trials]}
+        return [{**record, "phase": "calibration" if record["trial_id"] in first else "search"} for record in known]
+
+    def _controls(
+        self, inputs: Any, pool: Any, reference: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Users under control masks, each matched to the best scored mask of one p."""
+        from raygard.cluster.evaluation import EvaluationJob, run_jobs
+
+        names, config = self.config.search.controls, self.config
+        best = best_by_ratio(candidates)
+        owners: list[tuple[float, str]] = []
+        jobs = []
+        for ratio, candidate in best.items():
+            learned = FreezeMask.load(self.dir / candidate["mask"])
+            paths = save_controls(config, learned, self.dir / "controls" / f"p{ratio:g}", names)
+            for (name, draw), path in paths.items():
+                for seed in config.evaluation.adaptation_seeds:
+                    for role in ("illegal", "legal"):
+                        for cls in getattr(config.domain, role):
+                            owners.append((ratio, name))
+                            jobs.append(EvaluationJob(name, cls, role, draw, None, seed, path))
+        if not jobs:
+            return []
+        with self.progress.bar("control masks", len(jobs)) as bar:
+            plain = replace(inputs, milestones=())
+            results = run_jobs(jobs, plain, pool, on_result=lambda result: bar.advance(1, result["defence"]))
+        found = []
+        for ratio, candidate in best.items():
+            for name in names:
+                own = [r for r, owner in zip(results, owners, strict=True) if owner == (ratio, name)]
+                done = [{**r, "mask_seed": 0} for r in own if not r.get("failed")]
+                for result in (r for r in own if r.get("failed")):
+                    log.warning("%s at p %g: %s", result["job_id"], ratio, result["reason"])
+                if not done:
+                    continue
+                outcome = build_outcome([*reference, *done], config, {})
+                entry = next(row for row in outcome["summary"] if row["defence"] == name)
+                values = {field: entry[field] for field in CONTROL_FIELDS}
+                found.append({"p": ratio, "defence": name, "candidate_id": candidate["candidate_id"], **values})
+        return found
+
+    def _final(self, choice: Mapping[str, Any], pool: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Score the picked mask, and masks of the other seeds at the same point, on the user half. Done once."""
+        pick = choice["chosen"] or choice["nearest"]
+        point = next(point for point in grid(self.config) if point.trial_id == pick["trial_id"])
+        config = trial_config(self.config, point)
+        mask = config.mask.model_copy(update={"freeze_ratio": pick["p"]})
+        evaluation = config.evaluation.model_copy(update={"half": "user"})
+        final = Flow(
+            config.model_copy(update={"mask": mask, "evaluation": evaluation}),
+            self.dir / "final",
+            self.progress,
+            upstream=self.flow,
+        )
+        with final.parent:
+            first = FreezeMask.load(self.dir / pick["mask"])
+            masks = [first, *(final.learn(seed) for seed in config.evaluation.mask_seeds[1:])]
+            final.release(masks)
+            outcome = final.evaluate(masks, pool)
+            final.report()
+        facts = final.dir.info["mask"]
+        agreement = {"p": pick["p"], "seeds": list(config.evaluation.mask_seeds)}
+        if "seed_agreement" not in facts:
+            return outcome, []
+        return outcome, [{**agreement, **{key: facts[key] for key in ("seed_agreement", "seed_agreement_chance")}}]
+
+    # Files
+
+    def _summary(
+        self,
+        records: Sequence[dict[str, Any]],
+        controls: list[dict[str, Any]],
+        reference: Sequence[dict[str, Any]],
+        started: str,
+    ) -> dict[str, Any]:
+        config = self.config
+        candidates = [entry for record in records for entry in record["candidates"]]
+        first = [entry for record in records if record["phase"] == "calibration" for entry in record["candidates"]]
+        threshold = config.search.min_proxy_correlation
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "domain": config.domain.name,
+            "scorer": config.evaluation.scorer,
+            "config_hash": config_hash(config),
+            "legal_budget": config.domain.legal_budget,
+            "mode": config.search.mode,
+            "algorithm": config.search.algorithm,
+            "scheduler": config.search.scheduler,
+            "seed": config.seed,
+            "relearn_runs": self.flow.relearn_runs,
+            "trials": [{k: v for k, v in record.items() if k != "jobs"} for record in records],
+            "controls": controls,
+            "proxy": {
+                "threshold": threshold,
+                "calibration": calibrate(first, threshold=threshold),
+                "all": measured(candidates),
+            },
+            "classes": build_outcome(list(reference), config, {})["classes"],
+            "agreement": [],
+            "seconds": self.seconds,
+            "started": started,
+            "finished": None,
+        }
+
+    def _write(self, search: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
+        write_text(self.dir / "search.json", json.dumps(search, indent=1) + "\n")
+        write_text(self.dir / "trials.csv", trials_csv(search))
+        write_text(self.dir / "choice.json", json.dumps(choice, indent=1) + "\n")
+
+    def _copy_mask(self, choice: Mapping[str, Any]) -> None:
+        """The chosen mask as `mask/`; one over the budget is kept apart, so that nobody releases it by accident."""
+        name, other = ("mask", "nearest-mask") if choice["chosen"] else ("nearest-mask", "mask")
+        shutil.rmtree(self.dir / other, ignore_errors=True)
+        FreezeMask.load(self.dir / (choice["chosen"] or choice["nearest"])["mask"]).save(self.dir / name)
+
+    def _timed(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
+        started = time.monotonic()
+        result = work(*args)
+        self.seconds[name] = round(time.monotonic() - started, 2)
+        return result
+
+
+def search_folders(configs: Sequence[RunConfig], out: Path) -> list[Path]:
+    """Where each search writes: `out` itself for one domain, a folder named after each for several.
+
+    Raises RaygardError if two domains have the same name.
+    """
+    if len(configs) == 1:
+        return [out]
+    names = [config.domain.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise RaygardError(f"two domains are called '{name}'; give each its own domain.name")
+        if Path(name).name != name or name.startswith("."):
+            raise RaygardError(f"domain.name '{name}' cannot name a folder; use letters, digits and dashes")
+    return [out / name for name in names]
+
+
+def write_domains(out: Path, done: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """domains.md: one table over all domains of one call."""
+    write_text(out / "domains.md", domains_markdown(done))
+
+
+def best_by_ratio(candidates: Sequence[dict[str, Any]]) -> dict[float, dict[str, Any]]:
+    """The scored candidate of highest score for each p, p ascending."""
+    best: dict[float, dict[str, Any]] = {}
+    for candidate in sorted(candidates, key=lambda c: (c["p"], c["candidate_id"])):
+        if candidate["score"] is None:
+            continue
+        if candidate["p"] not in best or candidate["score"] > best[candidate["p"]]["score"]:
+            best[candidate["p"]] = candidate
+    return best
+
+
+def describe(trial_id: str, result: Mapping[str, Any]) -> str:
+    """One line for the progress bar."""
+    if "fidelity" not in result:
+        return f"{trial_id} learning, publisher step {result.get('k', 0)}"
+    return f"{trial_id} {'scored' if result['scored'] else 'adapting'} {result.get('score', float('nan')):.3f}"
+
+
+def _bare_record(config: RunConfig, trial_id: str, key: str) -> dict[str, Any]:
+    """trial.json of a trial that left nothing behind."""
+    point: Point = next(point for point in grid(config) if point.trial_id == trial_id)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "key": key,
+        "trial_id": trial_id,
+        "point": {**point.to_json(), "publisher_steps": trial_config(config, point).bilevel.publisher_steps},
+        "candidates": [],
+        "jobs": [],
+        "seconds": dict.fromkeys(("learn", "adapt", "generate", "score", "total"), 0.0),
+        "started": now,
+        "finished": now,
+    }

@@ -1,0 +1,60 @@
+"""Run by test_search.py: on a cluster of one CPU, really stop a trial while its workers learn."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import ray
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import raygard.cluster.search as search
+from raygard.cluster.session import ray_session
+from raygard.config import load_config
+from raygard.search_flow import SearchFlow
+from tests.search_fixtures import SETTINGS
+
+stopped: list[str] = []
+
+
+class StopFirst(FIFOScheduler):
+    """Stops the first trial at its first report from learning."""
+
+    def on_trial_result(self, tune_controller, trial, result) -> str:
+        name = search.read_point(trial.config).trial_id
+        if (not stopped or stopped == [name]) and "fidelity" not in result:
+            stopped[:] = [name]
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+
+def main() -> None:
+    data, out = sys.argv[1], Path(sys.argv[2]) / "out"
+    config = load_config(
+        None, [*SETTINGS, f"domain.data={data}", "search.inner_steps=[2]", "bilevel.publisher_steps=6"]
+    )
+    search._scheduler = lambda config: StopFirst()
+    with ray_session(local_cpus=1, state_api=True):
+        SearchFlow(config, out).run()
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU", 0.0) < 1 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        free = ray.available_resources().get("CPU", 0.0)
+    records = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trials/*/trial.json")}
+    (following,) = set(records) - set(stopped)
+    facts = {
+        "stopped": stopped[0],
+        "next": following,
+        "stopped_while": "learning" if not records[stopped[0]]["candidates"] else "adapting",
+        "statuses": {name: record["status"] for name, record in records.items()},
+        "free_cpus_at_the_end": free,
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

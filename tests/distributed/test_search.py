@@ -1,0 +1,165 @@
+"""`raygard search` with real Tune trials, Ray Train runs and evaluation actors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raygard.mask import FreezeMask
+from raygard.schemas import load as load_schema
+from tests.search_fixtures import SETTINGS
+
+pytestmark = pytest.mark.distributed
+
+STOPPED = Path(__file__).parent / "stopped_trial.py"
+
+
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_point_is_scored_and_listed(searched) -> None:
+    out, output = searched
+    search = read(out / "search.json")
+    assert {trial["trial_id"] for trial in search["trials"]} == {f"p{p}-T0.2-L{n}" for p in (0.3, 0.7) for n in (2, 4)}
+    assert {trial["status"] for trial in search["trials"]} == {"scored"}
+    with (out / "trials.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["candidate_id"] for row in rows} == {trial["trial_id"] for trial in search["trials"]}
+    for trial in search["trials"]:
+        (candidate,) = trial["candidates"]
+        assert candidate["K"] * candidate["L"] == 8
+        assert [entry["fidelity"] for entry in candidate["proxy"]] == [0.5, 1.0]
+        assert candidate["mitigation_ci"][0] <= candidate["mitigation"] <= candidate["mitigation_ci"][1]
+        mask = FreezeMask.load(out / candidate["mask"])
+        assert mask.sha256 == candidate["mask_sha256"]
+        assert abs(mask.ratio_by_count - candidate["p"]) < 0.01
+        assert all(trial["seconds"][kind] > 0 for kind in ("learn", "adapt", "generate", "score"))
+    assert {(entry["p"], entry["defence"]) for entry in search["controls"]} == {
+        (0.3, "random-matched"),
+        (0.7, "random-matched"),
+    }
+    assert str(out / "report.html") in output
+
+
+def test_relearning_ran_once_for_all_trials(searched) -> None:
+    out, _ = searched
+    assert read(out / "run.json")["relearn_runs"] == 1 == read(out / "search.json")["relearn_runs"]
+    assert len(list(out.rglob("relearned.safetensors"))) == 1
+
+
+def test_the_choice_follows_its_rule_and_its_mask_is_released(searched) -> None:
+    import jsonschema
+
+    out, output = searched
+    choice, search = read(out / "choice.json"), read(out / "search.json")
+    jsonschema.validate(choice, load_schema("choice"))
+    candidates = [entry for trial in search["trials"] for entry in trial["candidates"]]
+    within = [entry for entry in candidates if entry["legal_impact_ci"][1] <= choice["legal_budget"]]
+    if choice["meets_budget"]:
+        assert choice["chosen"]["mitigation"] == max(entry["mitigation"] for entry in within)
+    else:
+        assert not within
+    pick, folder = (choice["chosen"], "mask") if choice["meets_budget"] else (choice["nearest"], "nearest-mask")
+    assert FreezeMask.load(out / folder).sha256 == pick["mask_sha256"]
+    assert (out / "mask").exists() == choice["meets_budget"]
+    assert choice["statement"] in " ".join(output.split())
+
+
+def test_the_reported_outcome_is_of_the_user_half(searched) -> None:
+    out, _ = searched
+    outcome, choice = read(out / "final" / "outcome.json"), read(out / "choice.json")
+    entry = next(row for row in outcome["summary"] if row["defence"] == "freeze")
+    assert choice["outcome"]["mitigation"] == entry["mitigation"]
+    select = read(out / "select" / "references.json")["captions"]
+    final = read(out / "final" / "evaluation" / "references.json")["captions"]
+    for cls, captions in select.items():
+        assert captions and not set(captions) & set(final[cls])
+
+
+def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
+    import mlflow
+
+    out, _ = searched
+    uri = f"sqlite:///{out / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    by_id = {run.info.run_id: run for run in runs}
+    parents = {run.info.run_name: by_id.get(run.data.tags.get("mlflow.parentRunId")) for run in runs}
+    (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = [run for run in runs if run.info.run_name.startswith("p0.")]
+    assert len(trials) == 4
+    for trial in trials:
+        assert by_id[trial.data.tags["mlflow.parentRunId"]] is top
+        assert {"p", "T", "L", "K"} <= set(trial.data.params)
+        assert {"mitigation", "legal_impact", "legal_impact_high", "proxy_score", "score", "seconds_learn"} <= set(
+            trial.data.metrics
+        )
+        users = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == trial.info.run_id]
+        assert {run.data.params["class"] for run in users} == {"stripes", "checks"}
+        assert all({"distance", "held_out_loss", "loss"} <= set(run.data.metrics) for run in users)
+    assert parents["relearn"] is top and parents["final"] is top
+    choice = read(out / "choice.json")
+    if choice["meets_budget"]:
+        (version,) = mlflow.MlflowClient(uri).search_model_versions("name = 'raygard-mask-patterns'")
+        assert version.tags["raygard.mask_sha256"] == choice["chosen"]["mask_sha256"]
+        assert float(version.tags["raygard.mitigation"]) == pytest.approx(choice["outcome"]["mitigation"])
+    found = mlflow.search_runs(
+        search_all_experiments=True, filter_string="params.p = '0.3' and metrics.mitigation > -9", output_format="list"
+    )
+    assert len(found) == 2
+
+
+def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts(patterns, tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(STOPPED), str(patterns), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["stopped_while"] == "learning"
+    assert facts["statuses"] == {facts["stopped"]: "pruned", facts["next"]: "scored"}
+    # One CPU in all: the second trial could not have learned beside a leaked placement group.
+    assert facts["free_cpus_at_the_end"] == 1.0
+
+
+def command(data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "raygard.cli", "search", "--data", str(data), *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["search.freeze_ratios=[]"], "the search space is empty"),
+        (["search.freeze_ratios=[0.3,1.5]"], "a freeze ratio p lies between 0 and 1, got 1.5"),
+        (["domain.legal_budget=2"], "less than or equal to 1"),
+        (["evaluation.scorer=styl"], "style_enlite0"),
+        (["engine.num_workers=2", "engine.cpus_per_worker=400"], "2 workers x 400 CPU = 800 CPU"),
+    ],
+)
+def test_bad_input_is_one_line_in_seconds_and_writes_nothing(
+    patterns, tmp_path, overrides: list[str], says: str
+) -> None:
+    done = command(patterns, "--out", str(tmp_path / "out"), *SETTINGS, *overrides)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("raygard: ")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_directory_of_another_search_is_refused_and_left_alone(patterns, searched) -> None:
+    out, _ = searched
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.json")}
+    done = command(patterns, "--out", str(out), *SETTINGS, "search.freeze_ratios=[0.2]")
+    assert done.returncode == 2 and "another configuration: search.freeze_ratios" in done.stderr
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*.json")}
