@@ -172,6 +172,10 @@ class SearchFlow:
             run_trials(self.config, shared, self.dir.path, listen)
         records = [read_record(trials / point.trial_id / TRIAL) for point in grid(self.config)]
         known = [record for record in records if record is not None and record["key"] == shared.key]
+        if len(known) < num_trials(self.config):
+            raise RaygardError(
+                f"only {len(known)} of {num_trials(self.config)} trials ended; give the same command again to go on"
+            )
         for record in known:
             self.tracking.trial(record)
         scored = sorted((r for r in known if r["status"] == "scored"), key=lambda r: r["finished"])

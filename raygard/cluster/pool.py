@@ -26,8 +26,12 @@ class ItemFailed(Exception):
         self.reason, self.attempts, self.cause = reason, attempts, cause
 
 
+class WorkerDied(Exception):
+    """The process of a worker ended while it was on an item."""
+
+
 class Worker(Protocol):
-    """Something that runs items and may die. Errors it raises are those the pool was told to expect."""
+    """Something that runs items and may die. It raises WorkerDied, or an error the pool was told to expect."""
 
     async def ready(self) -> dict[str, Any]:
         """Return facts about the running worker (pid, ...) once it can take an item."""
@@ -73,12 +77,12 @@ class WorkerPool:
     ) -> None:
         """name: what the workers are called in reasons. timeout_s: for one item, and for one start.
 
-        failures: errors after which an item is repeated; any other error is a defect and is passed on.
+        failures: errors after which an item is repeated, beside WorkerDied; any other error is a defect, passed on.
         hopeless(error): the item cannot succeed on any worker, and is not repeated.
         """
         self.name, self.max_attempts, self.timeout_s = name, max_attempts, timeout_s
-        self.failures, self.hopeless = failures, hopeless
-        self._expected: tuple[type[Exception], ...] = (*failures, TimeoutError)
+        self.failures, self.hopeless = (*failures, WorkerDied), hopeless
+        self._expected: tuple[type[Exception], ...] = (*self.failures, TimeoutError)
         self.done = self.retried = self.failed = 0
         self._slots = [_Slot(worker) for worker in workers]
         self._queue: list[_Item] = []
@@ -210,7 +214,7 @@ class WorkerPool:
     def _reason(self, error: BaseException) -> str:
         if not isinstance(error, self.failures):
             return f"the {self.name} did not answer within {self.timeout_s:g} s"
-        return reason(error)
+        return f"the {self.name}'s process died" if isinstance(error, WorkerDied) else reason(error)
 
 
 def reason(error: BaseException) -> str:
@@ -248,7 +252,12 @@ class RayWorker:
                 raise
 
     async def run(self, item: Callable[[Any], Awaitable[Any]]) -> Any:
-        return await item(self._actor)
+        import ray
+
+        try:
+            return await item(self._actor)
+        except ray.exceptions.RayActorError as error:
+            raise WorkerDied(str(error)) from None
 
     def replace(self) -> None:
         import ray

@@ -71,8 +71,10 @@ class DistinctOptuna(OptunaSearch):
 
     def __init__(self, space: dict[str, list[Any]], order: list[dict[str, Any]], seed: int) -> None:
         """space: values of each dimension. order: every point, in the order taken when Optuna repeats itself."""
+        import optuna
         from optuna.distributions import CategoricalDistribution
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = {name: CategoricalDistribution(values) for name, values in space.items()}
         super().__init__(space=distributions, metric="score", mode="max", seed=seed)
         self.order, self.proposed = order, set[str]()
@@ -133,6 +135,8 @@ def run_trials(config: RunConfig, inputs: TrialInputs, out: Path, listener: List
     _LISTENERS[str(path)] = listener
     # While a trial learns it reports losses, and neither proxy nor score.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Tune would take the first Ctrl-C as "enough trials", and the search would choose among half of them.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # The new output prints tables that raygard's own progress bar would sit between.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     try:

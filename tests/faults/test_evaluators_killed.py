@@ -23,7 +23,7 @@ from tests.faults.poison_run import GREYS, LOG
 pytestmark = pytest.mark.faults
 
 # Long enough that a generator is in the middle of an item when it is killed.
-SLOW = ("generation.num_inference_steps=100",)
+SLOW = ("generation.num_inference_steps=60",)
 CLASSES = "ac"
 
 
@@ -185,8 +185,7 @@ def test_poisoned_items_are_reported_after_three_attempts(poisoned) -> None:
     _, output, log = poisoned
     a, b, c, d = output["results"]
     assert (c["stage"], c["attempts"], c["reason"]) == ("score", 3, "ZeroDivisionError: cannot stand class c")
-    assert (d["stage"], d["attempts"]) == ("score", 3)
-    assert d["reason"].startswith("Actor") and "\n" not in d["reason"]
+    assert (d["stage"], d["attempts"], d["reason"]) == ("score", 3, "the scorer's process died")
     assert sum(grey == GREYS["d"] and count == 1 for _, grey, count in log) == 3
     assert not a.get("failed") and not b.get("failed")
 

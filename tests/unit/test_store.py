@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygard.errors import RaygardError
@@ -23,6 +23,7 @@ json_values = st.recursive(
 contents = st.dictionaries(st.text(max_size=4), json_values, min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(contents, st.randoms(use_true_random=False))
 def test_key_does_not_depend_on_the_order_of_its_parts(content, random) -> None:
     shuffled = list(content.items())
@@ -30,6 +31,7 @@ def test_key_does_not_depend_on_the_order_of_its_parts(content, random) -> None:
     assert content_key(content) == content_key(dict(shuffled))
 
 
+@settings(deadline=None)
 @given(contents, contents)
 def test_keys_differ_where_contents_differ(first, second) -> None:
     # JSON text tells 1 from True, Python's equality does not.

@@ -1,0 +1,119 @@
+"""`ray job submit` to a real head with token authentication: the search as a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.test_driver_killed import end_group
+from tests.search_fixtures import SETTINGS
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    env: dict[str, str]
+    token: str
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def status(url: str, token: str | None) -> int:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """`ray start --head` in the foreground, with a home and a token of its own."""
+    home = tmp_path_factory.mktemp("home")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # A job says `python`: it must find the interpreter that raygard is installed for.
+    env |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([str(RAY), "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=120)
+    token = (home / ".ray" / "auth_token").read_text().strip()
+    port, dashboard, client = free_ports(3)
+    command = [
+        str(RAY), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+        "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}", "--num-cpus=2",
+        "--object-store-memory=200000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = (home / "head.log").open("w")
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 180
+        while status(f"{address}/api/jobs/", token) != 200:
+            assert time.monotonic() < deadline and process.poll() is None, (home / "head.log").read_text()[-3000:]
+            time.sleep(1)
+        head = Head(address, env, token)
+        # The agent that starts jobs is up a little later than the page that takes them.
+        while "No available agent" in (probe := submit(head, "python", "-c", "pass", timeout=180)).stderr:
+            assert time.monotonic() < deadline, probe.stderr[-2000:]
+            time.sleep(1)
+        yield head
+    finally:
+        if process.poll() is None:
+            end_group(process)
+        log.close()
+
+
+def submit(head: Head, *entrypoint: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", "--address", head.address, "--working-dir", ".", "--", *entrypoint]
+    return subprocess.run(command, cwd=ROOT, env=head.env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_jobs_api_is_closed_without_the_token(head) -> None:
+    assert status(f"{head.address}/api/jobs/", None) in (401, 403)
+    assert status(f"{head.address}/api/jobs/", "wrong") in (401, 403)
+
+
+def test_a_search_runs_as_a_job_and_says_where_its_results_are(head, patterns, tmp_path) -> None:
+    out = tmp_path / "search"
+    own = ("search.freeze_ratios=[0.3]", "search.inner_steps=[2]", "search.controls=[]")
+    done = submit(
+        head, "python", "jobs/search.py", "--data", str(patterns), "--out", str(out), "--quiet", *SETTINGS, *own
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert json.loads((out / "choice.json").read_text())["outcome"]["mitigation"] is not None
+    assert (out / "report.html").exists() and str(out / "report.html") in done.stdout
+    assert "succeeded" in done.stdout
+
+
+def test_a_job_with_bad_input_fails_and_its_last_line_says_why(head, tmp_path) -> None:
+    done = submit(head, "python", "jobs/search.py", "--out", str(tmp_path / "out"), "search.freeze_ratios=[7]")
+    assert done.returncode != 0
+    # Ray prints the end of a failed job's log once more.
+    (line,) = {line for line in done.stdout.splitlines() if line.startswith("raygard: ")}
+    assert "between 0 and 1, got 7" in line
+    assert "Traceback" not in done.stdout
