@@ -355,6 +355,15 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
+    def _one_ranking_is_possible(self) -> RunConfig:
+        from raygard.bilevel.rules import RULES
+
+        for rule in self.search.rules or (self.mask.rule,):
+            if self.search.mode == "one_ranking" and not RULES[rule].draws_ratios:
+                raise ValueError(f"search.mode=one_ranking needs a rule that can draw p; '{rule}' cannot")
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
         batch, workers = self.bilevel.train_batch_size, self.engine.num_workers
         parts = 2 * workers * self.bilevel.gradient_accumulation_steps
@@ -435,7 +444,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise RaygardError(f"{source}: {_describe(error)}") from None
+        raise RaygardError(f"{source}: {describe_error(error)}") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -458,7 +467,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _describe(error: ValidationError) -> str:
+def describe_error(error: ValidationError) -> str:
+    """The first problem pydantic found, as one line with the nearest valid key."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
     dotted = " ".join(".".join(names).split())[:100]

@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raygard.config import RunConfig, config_hash
+from pydantic import ValidationError
+
+from raygard.config import RunConfig, config_hash, describe_error
 from raygard.defences import save_controls
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.flow import YARDSTICKS, Flow
 from raygard.mask import FreezeMask
-from raygard.outcome import build_outcome
+from raygard.outcome import LEARNED, build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.search.choice import choose, with_outcome
@@ -52,8 +54,13 @@ class SearchFlow:
             config = config.model_copy(update={"evaluation": evaluation})
         if not config.domain.illegal or not config.domain.legal:
             raise RaygardError("a search needs illegal and legal classes: the choice weighs one against the other")
+        if LEARNED not in config.evaluation.defences:
+            raise RaygardError(f"evaluation.defences must contain '{LEARNED}': it is the mask the search is about")
         for point in grid(config):
-            trial_config(config, point)
+            try:
+                trial_config(config, point)
+            except ValidationError as error:
+                raise RaygardError(f"trial {point.trial_id}: {describe_error(error)}") from None
         self.config, self.out = config, Path(out)
         self.flow = Flow(config, out, progress, connect)
         self.dir = self.flow.dir

@@ -119,3 +119,9 @@ def test_drawing_p_moves_the_budget_from_step_to_step_and_every_rank_draws_alike
         seen.add(min(ratios, key=lambda ratio: abs(ratio - mean)))
         assert min(abs(mean - ratio) for ratio in ratios) < 1e-9
     assert seen == set(ratios)
+
+
+def test_a_rule_that_cannot_draw_p_is_refused_for_one_ranking() -> None:
+    for overrides in (["mask.rule=paper"], ["search.rules=[budget,paper]"]):
+        with pytest.raises(RaygardError, match="needs a rule that can draw p; 'paper' cannot"):
+            load_config(None, ["search.mode=one_ranking", *overrides])
