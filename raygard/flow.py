@@ -377,8 +377,15 @@ class Flow:
 
 
 def _refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:
+    """Raise RaygardError once a class has lost every job of a yardstick, or nothing is left at all."""
     last = failures[-1]
-    if last["defence"] in YARDSTICKS or len(failures) == len(jobs):
+    if last["defence"] in YARDSTICKS:
+        alike = [job for job in jobs if (job.defence, job.cls) == (last["defence"], last["class"])]
+        lost = [f for f in failures if (f["defence"], f["class"]) == (last["defence"], last["class"])]
+        measurable = len(lost) < len(alike)
+    else:
+        measurable = len(failures) < len(jobs)
+    if not measurable:
         raise RaygardError(f"{last['job_id']}: {last['reason']} (nothing can be measured without it)")
 
 

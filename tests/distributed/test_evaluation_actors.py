@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_pictures_are_those_of_one_process(bench, measured) -> None:
     assert len({images.tobytes() for images in others}) == 3
 
 
+def test_pictures_are_scored_before_all_are_drawn(bench, pool, measured, tmp_path) -> None:
+    # Many steps, so that drawing an item takes far longer than scoring one.
+    config, before, seen, over = bench.config("generation.num_inference_steps=150"), done(pool), [], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            drawn, scored = done(pool)
+            seen.append((drawn - before[0], scored - before[1]))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    run_jobs(bench.jobs("base", classes="b"), bench.inputs(config, tmp_path), pool)
+    over.set()
+    thread.join()
+    assert any(scored >= 1 and drawn < 3 for drawn, scored in seen), seen
+
+
 def test_milestones_wait_for_every_job_and_the_base_stays_the_same(measured) -> None:
     results, _, passed = measured
     assert [step for step, _ in passed] == list(MILESTONES)
@@ -115,7 +133,7 @@ def test_nothing_is_computed_twice(bench, pool, measured) -> None:
     assert {file: file.stat().st_mtime_ns for file in store.rglob("*")} == before
 
 
-def test_another_scorer_or_other_references_reuse_the_pictures(bench, pool, measured, tmp_path) -> None:
+def test_saved_pictures_are_scored_without_being_drawn_again(bench, pool, measured) -> None:
     results, store, _ = measured
     key, counts = results[0]["store"], done(pool)
     (Store(store).folder(key) / "score-style_enlite0.json").unlink()

@@ -62,11 +62,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     env |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([str(RAY), "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=120)
     token = (home / ".ray" / "auth_token").read_text().strip()
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
     command = [
         str(RAY), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
         "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}", "--num-cpus=2",
-        "--object-store-memory=200000000", "--disable-usage-stats",
+        # The agent starts jobs; its usual port may be taken by another cluster of this machine.
+        f"--dashboard-agent-listen-port={agent}", "--object-store-memory=200000000", "--disable-usage-stats",
     ]  # fmt: skip
     log = (home / "head.log").open("w")
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

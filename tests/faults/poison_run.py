@@ -54,6 +54,7 @@ def main(root: Path) -> None:
 
     environment = {"worker_process_setup_hook": "tests.faults.poison_run.set_up", "env_vars": {LOG: os.environ[LOG]}}
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

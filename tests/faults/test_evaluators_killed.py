@@ -198,10 +198,3 @@ def test_innocent_items_are_scored_once_and_charged_nothing(poisoned) -> None:
         assert len(result["distances"]) == 5
     assert sum(grey is None for _, grey, _ in log) == 6
     assert sum(grey == GREYS["d"] and count == 2 for _, grey, count in log) <= 2
-
-
-def test_pictures_are_scored_before_all_are_drawn(poisoned) -> None:
-    store, output, log = poisoned
-    first = min(time for time, grey, _ in log if grey is None)
-    saved = [Store(store).pictures_file(r["store"]).stat().st_mtime for r in output["results"][:2]]
-    assert first < min(saved)
