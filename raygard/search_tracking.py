@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from raygard.flow import Flow
+from raygard.search.space import dimensions
 from raygard.tracking import DOMAIN_TAG, MASK_TAG, RunHandle, track_job
 
-SETTINGS = ("p", "T", "L", "K", "rule", "illegal_weight", "legal_weight")
-SCORES = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "score", "freeze_ratio", "param_share")
+# MLflow's compare page plots the first parameters and the first metric by name, so nothing else may come before these.
+SETTINGS = ("p", "T", "L")
+FURTHER = ("K", "rule", "illegal_weight", "legal_weight")
+SCORES = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "score", "param_share")
+REPORTED = {
+    "illegal_loss": "train_illegal_loss",
+    "legal_loss": "train_legal_loss",
+    "soft_mean": "train_soft_mean",
+    "rounding_gap": "train_rounding_gap",
+    "proxy": "proxy_best",
+}
 
 
 class SearchTracking:
@@ -35,8 +45,9 @@ class SearchTracking:
     def report(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """One report of a running trial."""
         step = self._steps[trial_id] = self._steps.get(trial_id, -1) + 1
-        names = ("k", "illegal_loss", "legal_loss", "soft_mean", "rounding_gap", "proxy", "fidelity")
-        values = {name: float(result[name]) for name in names if isinstance(result.get(name), (int, float))}
+        values = {
+            new: float(result[name]) for name, new in REPORTED.items() if isinstance(result.get(name), (int, float))
+        }
         if values:
             self._trial_run(trial_id).metrics(values, step=step)
 
@@ -65,7 +76,10 @@ class SearchTracking:
 
     def candidate(self, run: RunHandle, candidate: Mapping[str, Any]) -> None:
         """Settings as params; final numbers and the last proxy as metrics; the mask as artifact."""
-        run.params({**{name: candidate[name] for name in SETTINGS}, "candidate_id": candidate["candidate_id"]})
+        searched = {name for name, values in dimensions(self.flow.config).items() if len(values) > 1}
+        params = [name for name in (*SETTINGS, *FURTHER) if name in SETTINGS or name in searched]
+        run.params({name: candidate[name] for name in params})
+        run.tags({f"raygard.{name}": str(candidate[name]) for name in FURTHER if name not in searched})
         values = {name: candidate[name] for name in SCORES if candidate[name] is not None}
         for name in ("mitigation", "legal_impact"):
             if candidate[f"{name}_ci"] is not None:
