@@ -1,4 +1,4 @@
-"""`ray job submit` to a real head with token authentication: the search as a job."""
+"""`ray job submit` to a real head with token authentication: searches as jobs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from raygard.mask import FreezeMask
 from tests.faults.test_driver_killed import end_group
 from tests.search_fixtures import SETTINGS
 
@@ -99,16 +100,33 @@ def test_the_jobs_api_is_closed_without_the_token(head) -> None:
     assert status(f"{head.address}/api/jobs/", "wrong") in (401, 403)
 
 
-def test_a_search_runs_as_a_job_and_says_where_its_results_are(head, patterns, tmp_path) -> None:
-    out = tmp_path / "search"
-    own = ("search.freeze_ratios=[0.3]", "search.inner_steps=[2]", "search.controls=[]")
-    done = submit(
-        head, "python", "jobs/search.py", "--data", str(patterns), "--out", str(out), "--quiet", *SETTINGS, *own
+def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, tmp_path) -> None:
+    files, out = [], tmp_path / "out"
+    for name, illegal, legal in (("first", "stripes", "checks"), ("second", "checks", "stripes")):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(f"domain: {{name: {name}, data: {patterns}, illegal: [{illegal}], legal: [{legal}]}}\n")
+    configs = [part for file in files for part in ("--config", str(file))]
+    shared = [text for text in SETTINGS if not text.startswith(("domain.name", "domain.illegal", "domain.legal="))]
+    own = (
+        "search.mode=one_ranking",
+        "search.inner_steps=[2]",
+        "search.controls=[]",
+        "evaluation.defences=[none,freeze]",
     )
+    done = submit(head, "python", "jobs/search.py", *configs, "--out", str(out), "--quiet", *shared, *own, timeout=1300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert json.loads((out / "choice.json").read_text())["outcome"]["mitigation"] is not None
-    assert (out / "report.html").exists() and str(out / "report.html") in done.stdout
     assert "succeeded" in done.stdout
+    table = (out / "domains.md").read_text()
+    for name in ("first", "second"):
+        search, choice = (json.loads((out / name / file).read_text()) for file in ("search.json", "choice.json"))
+        (trial,) = search["trials"]
+        assert [entry["p"] for entry in trial["candidates"]] == [0.3, 0.7]
+        assert all(entry["score"] is not None for entry in trial["candidates"])
+        small, large = (FreezeMask.load(out / name / entry["mask"]) for entry in trial["candidates"])
+        # Both are read off one ranking, so the smaller one lies within the larger.
+        assert set(small.frozen_names) < set(large.frozen_names)
+        assert f"{choice['outcome']['mitigation']:.3f}" in table and name in table and name in done.stdout
+        assert str(out / name / "report.html") in done.stdout
 
 
 def test_a_job_with_bad_input_fails_and_its_last_line_says_why(head, tmp_path) -> None:

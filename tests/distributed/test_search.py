@@ -116,34 +116,6 @@ def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
     assert len(found) == 2
 
 
-def test_two_domains_in_one_call_each_with_one_ranking_for_all_p(patterns, tmp_path) -> None:
-    files, out = [], tmp_path / "out"
-    for name, illegal, legal in (("first", "stripes", "checks"), ("second", "checks", "stripes")):
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(f"domain: {{name: {name}, data: {patterns}, illegal: [{illegal}], legal: [{legal}]}}\n")
-    own = [
-        setting for setting in SETTINGS if not setting.startswith(("domain.name", "domain.illegal", "domain.legal="))
-    ]
-    arguments = [part for file in files for part in ("--config", str(file))]
-    done = subprocess.run(
-        [sys.executable, "-m", "raygard.cli", "search", *arguments, "--out", str(out), "--quiet", *own,
-         "search.mode=one_ranking", "search.inner_steps=[2]", "search.controls=[]",
-         "evaluation.defences=[none,freeze]"],
-        capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    table = (out / "domains.md").read_text()
-    for name in ("first", "second"):
-        (trial,) = read(out / name / "search.json")["trials"]
-        small, large = (FreezeMask.load(out / name / entry["mask"]) for entry in trial["candidates"])
-        assert [entry["p"] for entry in trial["candidates"]] == [0.3, 0.7]
-        # Both are read off one ranking, so the smaller one lies within the larger.
-        assert set(small.frozen_names) < set(large.frozen_names)
-        assert all(entry["score"] is not None for entry in trial["candidates"])
-        outcome = read(out / name / "choice.json")["outcome"]
-        assert f"{outcome['mitigation']:.3f}" in table and name in table and name in done.stdout
-
-
 def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts(patterns, tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, str(STOPPED), str(patterns), str(tmp_path)],
