@@ -61,11 +61,11 @@ def search(out: Path, overrides: Sequence[str]) -> tuple[RunConfig, dict[str, An
     return config, flow.summary
 
 
-def cpu_seconds(trial: Content, config: RunConfig, share: float = 1.0) -> float:
-    """CPU-seconds of a trial of which `share` of the adaptation was done; pictures and scores only if all of it was."""
+def cpu_seconds(trial: Content, config: RunConfig, share: float = 1.0, *, scored: bool = True) -> float:
+    """CPU-seconds of a trial of which `share` of the adaptation was done, and pictures and scores if `scored`."""
     seconds = trial["seconds"]
     total = seconds["learn"] * config.engine.num_workers + seconds["adapt"] * share
-    return total + (seconds["generate"] + seconds["score"] if share == 1 else 0.0)
+    return total + (seconds["generate"] + seconds["score"] if scored else 0.0)
 
 
 def replay(config: RunConfig, summary: Content) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def replay(config: RunConfig, summary: Content) -> dict[str, Any]:
     for trial in trials:
         handle, entries = SimpleNamespace(trial_id=trial["trial_id"]), trial["candidates"][0]["proxy"]
         scheduler.on_trial_add(None, handle)
-        share = 1.0
+        share, scored = 1.0, True
         for time, entry in zip(times[:-1], entries, strict=True):
             report = {"fidelity": time, "scored": 0, "proxy": entry["score"]}
             if scheduler.on_trial_result(None, handle, report) == scheduler.STOP:
-                share = entry["fidelity"]
+                share, scored = entry["fidelity"], False
                 stopped.append({"trial_id": trial["trial_id"], "fidelity": share})
                 break
         else:
@@ -89,9 +89,7 @@ def replay(config: RunConfig, summary: Content) -> dict[str, Any]:
             score = trial["candidates"][0]["score"]
             scheduler.on_trial_result(None, handle, {"fidelity": times[-1], "scored": 1, "score": score})
         # A trial stopped at the last rung has adapted to the end, but is neither drawn nor scored.
-        last = share == 1 and trial["trial_id"] in [entry["trial_id"] for entry in stopped]
-        seconds = trial["seconds"]
-        spent += cpu_seconds(trial, config, share) - (seconds["generate"] + seconds["score"] if last else 0.0)
+        spent += cpu_seconds(trial, config, share, scored=scored)
     full = sum(cpu_seconds(trial, config) for trial in trials)
     everyone = [entry for trial in trials for entry in trial["candidates"]]
     picks = [_pick(config, entries) for entries in (everyone, survivors)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -28,6 +27,7 @@ from raygard.search.proxy import calibrate, measured
 from raygard.search.space import Point, grid, milestones, num_trials, trial_config
 from raygard.search.tables import domains_markdown, trials_csv
 from raygard.search_tracking import SearchTracking
+from raygard.store import content_key
 
 log = logging.getLogger("raygard")
 
@@ -141,10 +141,10 @@ class SearchFlow:
         from raygard.cluster.trial import PROGRESS, TRIAL, TrialInputs, read_record
 
         trials = self.dir / "trials"
-        key = json.dumps([config_hash(self.config), self.flow.model_hash, self.flow.learn_cache.name, inputs.cache])
+        decisive = [config_hash(self.config), self.flow.model_hash, self.flow.learn_cache.name, inputs.cache]
         shared = TrialInputs(
             config=self.config.model_dump(mode="json"),
-            key=hashlib.sha256(key.encode()).hexdigest()[:16],
+            key=content_key({"decisive": decisive}),
             cache=str(self.flow.learn_cache),
             relearned=str(relearned),
             out=str(trials),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,11 @@ from ray.tune.search.optuna import OptunaSearch
 from raygard.cluster.trial import TrialInputs, read_point, run_trial, rung_times
 from raygard.config import RunConfig
 from raygard.search.proxy import rank_correlation
-from raygard.search.space import concurrent_trials, dimensions, grid, num_trials
+from raygard.search.space import Point, concurrent_trials, dimensions, grid, num_trials
 
 NAME = "search"
 MAX_FAILURES = 2
 DRIVER_BYTES = 2**20
-
-log = logging.getLogger("raygard")
 
 Listener = Callable[[str, str, dict[str, Any]], None]
 
@@ -40,7 +37,7 @@ class CalibratedASHA(AsyncHyperBandScheduler):
             max_t=times[-1],
             reduction_factor=reduction_factor,
         )
-        self.min_trials, self.min_correlation, self.scored_time = min_trials, min_correlation, times[-1]
+        self.min_trials, self.min_correlation = min_trials, min_correlation
         self.proxies: dict[str, dict[int, float]] = {}
         self.scores: dict[str, float] = {}
 
@@ -77,12 +74,12 @@ class DistinctOptuna(OptunaSearch):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = {name: CategoricalDistribution(values) for name, values in space.items()}
         super().__init__(space=distributions, metric="score", mode="max", seed=seed)
-        self.order, self.proposed = order, set[str]()
+        self.order, self.proposed = order, set[Point]()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         from optuna.trial import TrialState
 
-        left = [point for point in self.order if repr(sorted(point.items(), key=str)) not in self.proposed]
+        left = [point for point in self.order if Point(**point) not in self.proposed]
         if not left:
             return self.FINISHED
         point = super().suggest(trial_id)
@@ -90,7 +87,7 @@ class DistinctOptuna(OptunaSearch):
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.PRUNED)
             self._ot_study.enqueue_trial(left[0])
             point = super().suggest(trial_id)
-        self.proposed.add(repr(sorted(point.items(), key=str)))
+        self.proposed.add(Point(**point))
         return point
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
