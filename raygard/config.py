@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from raygard.errors import RaygardError, nearest
+from raygard.errors import nearest
 
 # YAML 1.1 reads an unquoted `no` as false.
 UNQUOTED_NO = BeforeValidator(lambda value: "no" if value is False else value)
@@ -35,6 +32,16 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as true, which would pass as the number 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in kinds and (float in kinds or int in kinds):
+            raise ValueError(f"needs a number, got {value}")
+        return value
 
 
 class ModelConfig(Section):
@@ -238,6 +245,13 @@ class EvaluationConfig(Section):
     def _no_repetition(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return _once(values)
 
+    @field_validator("gpus_per_job", "generator_gpus", "scorer_gpus")
+    @classmethod
+    def _whole_gpus(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"above 1 GPUs are given out whole, got {gpus:g}")
+        return gpus
+
     @field_validator("defences")
     @classmethod
     def _known_defences(cls, defences: tuple[str, ...]) -> tuple[str, ...]:
@@ -375,9 +389,27 @@ class RunConfig(Section):
         return self
 
 
-def config_hash(*sections: BaseModel) -> str:
-    """SHA-256 (hex, 16 characters) of the sections' canonical JSON."""
-    text = json.dumps([s.model_dump(mode="json") for s in sections], sort_keys=True, separators=(",", ":"))
+# How work is spread: this may change between two attempts at the same run, as may where records are kept.
+SCHEDULING: dict[str, set[str]] = {
+    "engine": {"max_failures", "checkpoints_total_limit", "timeout_s", "cpus_per_worker", "torch_threads"},
+    "evaluation": {
+        *("cpus_per_job", "gpus_per_job", "actor_threads", "max_attempts", "item_timeout_s"),
+        *("generators", "generator_cpus", "generator_gpus", "scorers", "scorer_cpus", "scorer_gpus"),
+    },
+    "search": {"max_concurrent_trials"},
+}
+
+
+def decides(key: str) -> bool:
+    """Whether a dotted key decides results, and is neither scheduling nor tracking."""
+    section, _, name = key.partition(".")
+    return section != "tracking" and name not in SCHEDULING.get(section, set())
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 (hex, 16 characters) of the canonical JSON of all that decides results."""
+    content = config.model_dump(mode="json", exclude={**SCHEDULING, "tracking": True})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -394,107 +426,3 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
     walk("", config.model_dump(mode="json"))
     return flat
-
-
-def reference_markdown() -> str:
-    """All keys with type, default and meaning, as Markdown (`docs/configuration.md`)."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Written by `raygard config --reference`. Any key can be given in YAML or as a dotted override.",
-    ]
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            lines += ["", f"`{name}` (default `{field.default}`): decides every random draw of the run."]
-            continue
-        lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
-        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for key, item in section.model_fields.items():
-            kind = item.annotation.__name__ if isinstance(item.annotation, type) else str(item.annotation)
-            kind = kind.replace("typing.", "").replace("|", "\\|")
-            default = json.dumps(item.default)
-            lines.append(f"| `{name}.{key}` | {kind} | `{default}` | {item.description or ''} |")
-    return "\n".join(lines) + "\n"
-
-
-# Besides YAMLError, PyYAML lets through what dates, very long integers and deep nesting raise.
-UNREADABLE = (OSError, ValueError, yaml.YAMLError, RecursionError)
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply dotted overrides such as `mask.freeze_ratio=0.5` (values are YAML).
-
-    Raises RaygardError (one line, nearest valid key) for an unreadable file, an unknown key, a value of the
-    wrong type or out of range, or a malformed override.
-    """
-    data: Any = {}
-    source = "configuration"
-    if path is not None:
-        source = str(path)
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except UNREADABLE as error:
-            raise RaygardError(f"cannot read configuration {path}: {_yaml_problem(error)}") from None
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise RaygardError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
-    for override in overrides:
-        _apply_override(data, override)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise RaygardError(f"{source}: {describe_error(error)}") from None
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise RaygardError(f"{_short(override)} is not of the form key=value, e.g. mask.freeze_ratio=0.5")
-    try:
-        value = yaml.safe_load(text)
-    except UNREADABLE as error:
-        raise RaygardError(
-            f"override {_short(override)}: the value is not valid YAML ({_yaml_problem(error)})"
-        ) from None
-    *parents, last = key.strip().split(".")
-    node = data
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise RaygardError(f"override {_short(override)}: {_short(parent)} is not a section")
-        node = child
-    node[last] = value
-
-
-def describe_error(error: ValidationError) -> str:
-    """The first problem pydantic found, as one line with the nearest valid key."""
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
-    dotted = " ".join(".".join(names).split())[:100]
-    kind = first["type"]
-    if kind == "extra_forbidden":
-        section: Any = RunConfig
-        for name in names[:-1]:
-            section = section.model_fields[name].annotation
-        known = {".".join([*names[:-1], field]) for field in section.model_fields}
-        elsewhere = {key for key in flatten(RunConfig()) if key.rpartition(".")[2] == names[-1]}
-        return f"unknown key '{dotted}'{nearest(dotted, elsewhere or known)}"
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())
-    if kind == "value_error":
-        return f"{dotted}: {message}" if len(names) > 1 else message
-    if kind == "tuple_type":
-        message = "needs a list such as [a, b]"
-    return f"{dotted}: {message[0].lower()}{message[1:]}, got {_short(first['input'])}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-    where = f"line {mark.line + 1}: " if mark is not None else ""
-    return where + " ".join(str(problem).split())[:200]

@@ -6,13 +6,19 @@ Train can go on from its checkpoints; a stage whose inputs changed starts from a
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import shutil
+import socket
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +26,12 @@ from typing import Any
 import yaml
 
 import raygard
-from raygard.config import UNREADABLE, RunConfig, config_hash, flatten
+from raygard.config import RunConfig, config_hash, decides, flatten
+from raygard.config_file import UNREADABLE
 from raygard.errors import RaygardError
 from raygard.files import readable_disk_errors, write_text
 
-SUCCESS, INPUTS, CONFIG = "_SUCCESS.json", "_inputs.json", "config.yaml"
+SUCCESS, INPUTS, CONFIG, LOCK = "_SUCCESS.json", "_inputs.json", "config.yaml", ".lock"
 VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
 MIN_FREE_BYTES = 200 * 1024 * 1024
 
@@ -33,12 +40,16 @@ class RunDirectory:
     """Resolved configuration, stages and outputs of one run."""
 
     def __init__(self, path: str | Path, config: RunConfig) -> None:
-        """Open or create a run directory. Raises RaygardError as `check` does."""
+        """Open or create a run directory, which no other process may open while this object lives.
+
+        Raises RaygardError as `check` does, or if another process has the directory.
+        """
         self.path = Path(path).resolve()
         self.config = config
         self.check(self.path, config)
         with readable_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            weakref.finalize(self, _lock(self.path))
             write_text(self.path / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             self.info: dict[str, Any] = self._read_info()
             self.note(
@@ -91,6 +102,49 @@ class RunDirectory:
         return found if found is not None else {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
+@dataclass
+class _Lock:
+    descriptor: int
+    holders: int = 0
+
+
+# A process may open a directory twice, but closing any descriptor of a file gives up all its locks on it.
+_LOCKS: dict[Path, _Lock] = {}
+
+
+def _lock(folder: Path) -> Callable[[], None]:
+    """Refuse a directory another process works in; return what gives it up, as the process's end does as well.
+
+    Two processes would write the same trials and MLflow runs.
+    """
+    if folder not in _LOCKS:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            # Some network file systems have no locks; that is no reason not to run.
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return lambda: None
+            raise RaygardError(
+                f"{folder} is in use by another raygard process ({owner}); wait for it or choose another --out"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+        _LOCKS[folder] = _Lock(descriptor)
+    lock = _LOCKS[folder]
+    lock.holders += 1
+
+    def release() -> None:
+        lock.holders -= 1
+        if lock.holders == 0:
+            os.close(lock.descriptor)
+            _LOCKS.pop(folder, None)
+
+    return release
+
+
 @contextmanager
 def stage(folder: Path, inputs: dict[str, Any]) -> Iterator[tuple[Path, bool]]:
     """Yield (folder, already_done); on a clean exit the folder is marked as finished for these inputs.
@@ -129,7 +183,7 @@ def _refuse_other_config(path: Path, config: RunConfig) -> None:
         raise RaygardError(f"{path} is damaged or of another raygard version; choose another --out") from None
     now = flatten(config)
     for key, value in now.items():
-        if not key.startswith("tracking.") and before.get(key) != value:
+        if decides(key) and before.get(key) != value:
             raise RaygardError(
                 f"{path.parent} holds another configuration: {key} was {before.get(key)!r}, now {value!r}; "
                 "choose another --out or use the same values"

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raygard.config import DomainConfig, ModelConfig, RunConfig, load_config
+from raygard.config import DomainConfig, ModelConfig, RunConfig
+from raygard.config_file import load_config
 from raygard.errors import RaygardError, nearest
 from raygard.files import readable_disk_errors, write_text
 from raygard.imagefolder import SUFFIXES, has_column, read_entries, read_picture, read_pixels, resolve_data

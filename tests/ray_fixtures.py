@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raygard.config import RunConfig, load_config
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
 from raygard.domain import load_domain
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from raygard.config import RunConfig
+from raygard.errors import RaygardError
 from raygard.seeding import generator
 
 
@@ -103,9 +105,9 @@ def milestones(config: RunConfig) -> tuple[int, ...]:
 
 
 def concurrent_trials(config: RunConfig, have: dict[str, float]) -> int:
-    """Trials the cluster's resources hold at once, beside the evaluation actors. At least 1.
+    """Trials the cluster's resources hold at once, beside the evaluation actors, which stay warm all the while.
 
-    have: `ray.cluster_resources()`.
+    have: `ray.cluster_resources()`. Raises RaygardError, with the arithmetic, if not even one fits.
     """
     e, v = config.engine, config.evaluation
     reserved = {
@@ -117,7 +119,15 @@ def concurrent_trials(config: RunConfig, have: dict[str, float]) -> int:
         "CPU": max(e.num_workers * e.cpus_per_worker, v.cpus_per_job),
         "GPU": max(float(e.num_workers) if e.use_gpu else 0.0, v.gpus_per_job),
     }
-    fits = [int((have.get(k, 0.0) - reserved[k]) / amount + 1e-9) for k, amount in need.items() if amount > 0]
-    most = max(1, min(fits, default=1))
-    wanted = config.search.max_concurrent_trials
-    return most if wanted is None else min(most, wanted)
+    fits = [config.search.max_concurrent_trials or math.inf]
+    for resource, amount in need.items():
+        left = have.get(resource, 0.0) - reserved[resource]
+        if amount > left + 1e-9:
+            raise RaygardError(
+                f"one trial needs {amount:g} {resource} and the evaluation actors hold {reserved[resource]:g}, but the "
+                f"cluster has {have.get(resource, 0.0):g}; lower engine.num_workers or what the actors hold "
+                f"(evaluation.generator_{resource.lower()}s, scorer_{resource.lower()}s), or add nodes"
+            )
+        if amount > 0:
+            fits.append(int(left / amount + 1e-9))
+    return int(min(fits))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raygard.bilevel.segments import assemble
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
 from raygard.domain import load_domain
 

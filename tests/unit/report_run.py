@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from diffusers import UNet2DConditionModel
 
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.mask import FreezeMask, select_frozen
 from raygard.outcome import build_outcome
 

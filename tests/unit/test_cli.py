@@ -15,7 +15,7 @@ from torch import nn
 
 import raygard as package
 from raygard import cli
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.mask import FreezeMask
 from raygard.rundir import RunDirectory
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import raygard
-from raygard.config import RunConfig, config_hash, flatten, load_config
+from raygard.config import RunConfig, config_hash, decides, flatten
+from raygard.config_file import load_config
 from raygard.errors import RaygardError
 
 QUICK = settings(
@@ -211,17 +212,32 @@ CHANGES = {
     "mask.freeze_ratio": 0.31, "mask.budget": "params", "mask.temperature": 0.3, "mask.mask_lr": 0.1,
     "relearn.learning_rate": 1e-4, "bilevel.inner_steps": 2, "bilevel.train_batch_size": 32,
     "engine.num_workers": 4, "engine.mixed_precision": "bf16", "adapt.snr_gamma": 5,
-    "generation.guidance_scale": 1, "evaluation.mask_seeds": "[7]", "tracking.enabled": "false",
+    "generation.guidance_scale": 1, "evaluation.mask_seeds": "[7]",
 }  # fmt: skip
 
 
-def test_every_changed_value_changes_the_hash_and_one_flat_key() -> None:
+def test_every_changed_value_that_decides_changes_the_hash_and_one_flat_key() -> None:
     hashes, base = {config_hash(RunConfig())}, flatten(RunConfig())
     for key, value in CHANGES.items():
         config = load_config(None, [f"{key}={value}"])
         assert {name for name, found in flatten(config).items() if found != base[name]} == {key}
+        assert decides(key)
         hashes.add(config_hash(config))
     assert len(hashes) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.enabled=false",
+        "evaluation.item_timeout_s=7",
+        "search.max_concurrent_trials=3",
+        "engine.max_failures=9",
+    ],
+)
+def test_a_resumed_run_may_be_scheduled_and_tracked_otherwise(override: str) -> None:
+    assert config_hash(load_config(None, [override])) == config_hash(RunConfig())
+    assert not decides(override.partition("=")[0])
 
 
 def test_a_configuration_cannot_be_changed() -> None:

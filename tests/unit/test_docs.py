@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from raygard.cli import app
-from raygard.config import load_config, reference_markdown
+from raygard.config_file import load_config, reference_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

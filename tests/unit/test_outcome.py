@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raygard import schemas
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.errors import RaygardError
 from raygard.outcome import build_outcome, compare_sentence, format_table
 

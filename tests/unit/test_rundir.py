@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raygard import rundir as rundir_module
-from raygard.config import RunConfig, load_config
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.errors import RaygardError
 from raygard.files import readable_disk_errors, write_text
 from raygard.mask import FreezeMask
@@ -281,3 +283,30 @@ def test_the_configuration_on_disk_is_plain_yaml(tmp_path: Path) -> None:
     RunDirectory(tmp_path, CONFIG)
     data = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert data["mask"]["freeze_ratio"] == 0.3 and data["domain"]["illegal"] == ["OpenMoji", "Noto Line"]
+
+
+def test_a_directory_another_process_works_in_is_refused_until_that_process_ends(tmp_path) -> None:
+    code = (
+        "import sys; from raygard.config import RunConfig; from raygard.rundir import RunDirectory; "
+        "held = RunDirectory(sys.argv[1], RunConfig()); print('open', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(RaygardError, match=rf"in use by another raygard process \(.*process {other.pid}\)"):
+        RunDirectory(tmp_path / "run", RunConfig())
+    other.kill()
+    other.wait(30)
+    first = RunDirectory(tmp_path / "run", RunConfig())
+    second = RunDirectory(tmp_path / "run", RunConfig())
+    del first
+    assert run_in_another_process(code, tmp_path).returncode != 0
+    del second
+    assert run_in_another_process(code, tmp_path).returncode == 0
+
+
+def run_in_another_process(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from raygard.bilevel.rules import RuleSettings, make_rule
-from raygard.config import RunConfig, load_config
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.errors import RaygardError
 from raygard.search.space import (
     candidate_id,
@@ -77,11 +78,27 @@ def test_milestones_end_with_the_full_adaptation() -> None:
         ({"CPU": 8.0}, ["search.max_concurrent_trials=99"], 8),
         ({"CPU": 64.0, "GPU": 9.0}, ["engine.use_gpu=true", "engine.num_workers=4"], 2),
         ({"CPU": 64.0, "GPU": 8.0}, ["engine.use_gpu=true", "engine.num_workers=4", "evaluation.generator_gpus=1"], 1),
-        ({"CPU": 1.0}, ["engine.num_workers=4"], 1),
     ],
 )
 def test_concurrent_trials_follow_the_cluster(have, overrides, expected: int) -> None:
     assert concurrent_trials(load_config(None, overrides), have) == expected
+
+
+@pytest.mark.parametrize(
+    ("have", "overrides", "says"),
+    [
+        ({"CPU": 1.0}, ["engine.num_workers=4"], "one trial needs 4 CPU and the evaluation actors hold 0"),
+        ({"CPU": 2.0}, ["engine.num_workers=2", "evaluation.generator_cpus=0.5"], "hold 0.5, but the cluster has 2"),
+        (
+            {"CPU": 64.0, "GPU": 2.0},
+            ["engine.use_gpu=true", "engine.num_workers=2", "evaluation.scorer_gpus=0.5"],
+            "needs 2 GPU and the evaluation actors hold 0.5",
+        ),
+    ],
+)
+def test_what_fits_alone_but_not_together_is_refused(have, overrides, says: str) -> None:
+    with pytest.raises(RaygardError, match=says):
+        concurrent_trials(load_config(None, overrides), have)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,8 @@ def test_concurrent_trials_follow_the_cluster(have, overrides, expected: int) ->
         ("search.fidelities=[0.5]", "rise from above 0 to 1"),
         ("search.num_trials=3", "no effect with search.algorithm=grid"),
         ("domain.legal_budget=many", "domain.legal_budget"),
+        ("domain.legal_budget=yes", "needs a number"),
+        ("evaluation.generator_gpus=1.5", "given out whole"),
         ("domain.legal_budget=1.5", "less than or equal to 1"),
     ],
 )

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from raygard import user
-from raygard.config import RunConfig, load_config
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.mask.weights import load_denoiser_state
