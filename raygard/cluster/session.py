@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from raygard.errors import RaygardError
 
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024 * 1024
 STARTUP_CONCURRENCY = 8
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
@@ -28,21 +30,30 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
         yield
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
+        environment = {}
+    else:
+        port = _free_port()
+        environment = {"RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{port}"}
         # With the dashboard off, fewer processes start and nothing listens beyond what Ray itself needs.
         options |= {
             "address": "local",
             "num_cpus": local_cpus or max(2, os.cpu_count() or 2),
             "include_dashboard": state_api,
-            "dashboard_host": "127.0.0.1",
+            "dashboard_host": LOOPBACK,
+            "dashboard_port": port,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             # A search starts many small processes; below this Ray warns of each batch of them.
             "_system_config": {"worker_maximum_startup_concurrency": STARTUP_CONCURRENCY},
         }
     try:
-        ray.init(**options)
+        # Ray Train asks the state API, from worker processes, whether a run still lives. Unless these know their own
+        # cluster's address, they ask whichever cluster of the machine is newest, and free the wrong things or nothing.
+        with _environment(environment):
+            ray.init(**options)
     except (ConnectionError, ray.exceptions.RaySystemError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS")
         if not address:
             raise
         raise RaygardError(
@@ -53,6 +64,26 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
 
 
 def require_state_api() -> None:
@@ -80,13 +111,16 @@ def require_resources(engine: EngineConfig) -> None:
     import ray
 
     have = ray.cluster_resources()
-    need = {"CPU": engine.num_workers * engine.cpus_per_worker}
-    if engine.use_gpu:
-        need["GPU"] = float(engine.num_workers)
-    for resource, amount in need.items():
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, each in {"CPU": engine.cpus_per_worker, "GPU": 1.0 if engine.use_gpu else 0.0}.items():
+        amount, largest = engine.num_workers * each, max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if amount > have.get(resource, 0.0) + 1e-9:
-            each = engine.cpus_per_worker if resource == "CPU" else 1
             raise RaygardError(
                 f"{engine.num_workers} workers x {each:g} {resource} = {amount:g} {resource}, but the cluster has "
                 f"{have.get(resource, 0.0):g}; lower engine.num_workers or engine.cpus_per_worker, or add nodes"
+            )
+        if each > largest + 1e-9:
+            raise RaygardError(
+                f"one worker needs {each:g} {resource}, but the largest node has {largest:g}; lower "
+                "engine.cpus_per_worker, or add a larger node"
             )
