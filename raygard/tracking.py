@@ -103,9 +103,11 @@ class _Store:
         from mlflow import MlflowClient
 
         self.run_dir, self.experiment, self.state = run_dir, experiment, state
-        self.artifacts = None if uri else (run_dir / ARTIFACTS).as_uri()
+        self.artifacts = _artifacts(run_dir, uri)
         self.client = MlflowClient(tracking_uri=uri or f"sqlite:///{run_dir / DATABASE}")
         self.known = state.data["stores"].setdefault(redact(uri or "run directory"), {"id": None, "ids": {}})
+        self._continued = set(self.known["ids"].values())
+        self._points: dict[tuple[str, str], set[tuple[int, float]]] = {}
 
     def experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -147,7 +149,8 @@ class _Store:
             for items in _batches(record["values"].items()):
                 self.client.log_batch(run_id, params=[Param(k, v) for k, v in items])
         elif kind == "metrics":
-            for items in _batches(record["values"].items()):
+            new = [(k, v) for k, v in record["values"].items() if self._is_new(run_id, k, record["step"], v)]
+            for items in _batches(new):
                 metrics = [Metric(k, v, record["time"], record["step"]) for k, v in items]
                 self.client.log_batch(run_id, metrics=metrics)
         elif kind == "tags":
@@ -166,6 +169,17 @@ class _Store:
         elif kind == "finish":
             self.client.set_terminated(run_id, record["status"], record["time"])
 
+    def _is_new(self, run_id: str, name: str, step: int, value: float) -> bool:
+        """Whether the run has no such point yet: MLflow would keep one that a resumed run logs again twice."""
+        if (run_id, name) not in self._points:
+            history = self.client.get_metric_history(run_id, name) if run_id in self._continued else ()
+            self._points[run_id, name] = {(metric.step, metric.value) for metric in history}
+        known = self._points[run_id, name]
+        if (step, value) in known:
+            return False
+        known.add((step, value))
+        return True
+
     def _register(self, run_id: str, record: Mapping[str, Any]) -> None:
         from mlflow.exceptions import MlflowException
 
@@ -179,6 +193,17 @@ class _Store:
         if not any(version.tags.get(MASK_TAG) == sha for version in known):
             source = f"{self.client.get_run(run_id).info.artifact_uri}/{record['folder']}"
             self.client.create_model_version(name, source, run_id, tags=record["tags"])
+
+
+def _artifacts(run_dir: Path, uri: str | None) -> str | None:
+    """Where a new experiment keeps its artifacts: a server decides itself; MLflow would take the working directory."""
+    if uri is None:
+        return (run_dir / ARTIFACTS).as_uri()
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    return (Path(make_url(uri).database or run_dir / DATABASE).resolve().parent / ARTIFACTS).as_uri()
 
 
 def _batches(items: Any) -> Iterator[Sequence[tuple[str, Any]]]:

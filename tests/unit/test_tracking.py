@@ -103,8 +103,13 @@ def test_resumed_run_continues_its_runs(tmp_path):
     parent = again.start()
     runs = runs_of(client_of(tmp_path))
     assert len(runs) == 3 and runs["demo"].info.status == "RUNNING"
-    again.start("trial", parent).metrics({"loss": 0.1}, 3)
-    assert len(client_of(tmp_path).get_metric_history(runs["trial"].info.run_id, "loss")) == 4
+    trial = again.start("trial", parent)
+    before = client_of(tmp_path).get_metric_history(runs["trial"].info.run_id, "loss")
+    for metric in before:
+        trial.metrics({"loss": metric.value}, metric.step)
+    trial.metrics({"loss": 0.1}, 3)
+    after = client_of(tmp_path).get_metric_history(runs["trial"].info.run_id, "loss")
+    assert [(m.step, m.value) for m in after] == [*((m.step, m.value) for m in before), (3, 0.1)]
 
 
 def test_dead_server_neither_stops_nor_delays_and_can_be_synced(tmp_path, dead_uri, caplog):
@@ -119,7 +124,6 @@ def test_dead_server_neither_stops_nor_delays_and_can_be_synced(tmp_path, dead_u
         sync(tmp_path)
     live = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = client_of(tmp_path)
-    client.create_experiment("raygard", (tmp_path / "store").as_uri())
     assert sync(tmp_path, live) == len((tmp_path / SPOOL).read_text().splitlines())
     check_everything(client)
     assert sync(tmp_path, live) == 0
@@ -191,6 +195,24 @@ def test_store_that_hangs_is_given_up(tmp_path):
         tracker.start().metrics({"loss": 1.0}, 0)
         assert time.monotonic() - started < 30
     assert not tracker.connected and (tmp_path / SPOOL).exists()
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "sqlite+pysqlite"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_artifacts_of_a_named_database_lie_beside_it(tmp_path, monkeypatch, scheme, relative):
+    here, elsewhere = tmp_path / "here", tmp_path / "else where"
+    here.mkdir()
+    elsewhere.mkdir()
+    shutil.move(tmp_path / "mlflow.db", elsewhere / "all.db")
+    monkeypatch.chdir(here)
+    database = "../else where/all.db" if relative else elsewhere / "all.db"
+    tracker = Tracker.open(TrackingConfig(tracking_uri=f"{scheme}:///{database}"), tmp_path / "run", "demo")
+    (here / "note.txt").write_text("hello")
+    tracker.start().artifact(here / "note.txt")
+    assert tracker.connected
+    (stored,) = tmp_path.rglob("artifacts/note.txt")
+    assert stored.is_relative_to(elsewhere / "mlartifacts")
+    assert [path.name for path in here.iterdir()] == ["note.txt"]
 
 
 def test_refused_parameter_does_not_end_tracking(tmp_path, caplog):
