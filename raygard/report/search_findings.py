@@ -34,17 +34,34 @@ def describe(candidate: Candidate, settings: Sequence[tuple[str, str]] = SETTING
 
 
 def against_p(files: SearchFiles) -> str:
-    """At which p the budget is kept, and where the learned mask blocks more than random ones of its size."""
+    """At which p the budget is kept, and where the learned mask is shown to differ from random ones of its size."""
     kept = sorted({c["p"] for c in files.scored if _upper(c) <= files.budget})
     text = f"The legal budget can be kept at {f'p = {listing(kept)}' if kept else 'no p'}"
-    controls = {c["p"]: c["mitigation"] for c in files.controls if c["defence"] == CONTROL}
-    compared = [c for c in files.best if c["p"] in controls]
-    if not compared:
-        return f"{text}; no random masks of the same parameter share were scored"
-    above = [c["p"] for c in compared if c["mitigation"] > controls[c["p"]]]
-    where = f"at p = {listing(above)}" if above else "at no p"
-    where = "at every p compared" if len(above) == len(compared) > 1 else where
-    return f"{text}; the learned mask blocks more than random masks of the same parameter share {where}"
+    return f"{text}; {_against_random(files)}"
+
+
+def _against_random(files: SearchFiles) -> str:
+    # Nothing is claimed where intervals overlap. They are not of the difference, so that errs on the side of silence.
+    controls = {c["candidate_id"]: c for c in files.controls if c["defence"] == CONTROL}
+    pairs = [(c, controls[c["candidate_id"]]) for c in files.best if c["candidate_id"] in controls]
+    if not pairs:
+        return "no random masks of the same parameter share were scored"
+    more = [learned["p"] for learned, random in pairs if _lies_above(learned, random)]
+    less = [learned["p"] for learned, random in pairs if _lies_above(random, learned)]
+    claims = [f"{words} at p = {listing(ps)}" for words, ps in (("more", more), ("less", less)) if ps]
+    open_ps = [learned["p"] for learned, _ in pairs if learned["p"] not in (*more, *less)]
+    draws = listing(sorted({random["draws"] for _, random in pairs}))
+    masks = f"random masks of the same parameter share ({draws} draw{'' if draws == '1' else 's'} at each p)"
+    if not claims:
+        return f"the learned mask is not shown to block more or less than {masks} at any p compared"
+    rest = f", and no difference is shown at p = {listing(open_ps)}" if open_ps else ""
+    return f"against {masks}, the learned mask blocks {listing(claims)}{rest}"
+
+
+def _lies_above(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether the whole interval of mitigation lies above the other one."""
+    one, other = first["mitigation_ci"], second["mitigation_ci"]
+    return one is not None and other is not None and one[0] > other[1]
 
 
 def pareto(files: SearchFiles) -> str:
@@ -135,15 +152,53 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def proxy(record: Mapping[str, Any]) -> str:
-    """Whether the proxy ranks trials as the final score does, and whether it pruned."""
-    calibration = record.get("calibration") or {}
-    known = {f: rho for f, rho in (calibration.get("correlation") or {}).items() if is_finite(rho)}
+def pruning(files: SearchFiles) -> str:
+    """What the scheduler did with the proxy: how often it was free to stop a trial, and which it stopped."""
+    if files.search.get("scheduler") == "fifo":
+        return "Nothing is pruned by choice (scheduler fifo)"
+    record = files.search["proxy"]
+    decisions, threshold = record["decisions"], f"{record['threshold']:g}"
+    if not decisions:
+        return "No trial reached a rung at which it could be stopped"
+    free = [d for d in decisions if d["pruning"]]
+    early = sum(not d["pruning"] and d["scored"] < record["calibration_trials"] for d in decisions)
+    weak = len(decisions) - len(free) - early
+    reasons = []
+    if early:
+        reasons.append(f"at {early} fewer than {record['calibration_trials']} trials were scored")
+    if weak:
+        reasons.append(f"at {weak} the rank correlation by then was unknown or below {threshold}")
+    stopped = sorted({d["trial_id"] for d in decisions if d["stopped"]})
+    text = f"A trial could be stopped at {len(free)} of the {_count(len(decisions), 'rung')} that trials reached"
+    text += f" ({', '.join(reasons)})" if reasons else ""
+    if not free:
+        return f"{text}, so nothing was pruned"
+    return f"{text}; {f'stopped: {listing(stopped)}' if stopped else 'no trial was stopped'}"
+
+
+def proxy(files: SearchFiles) -> str:
+    """Whether the calibrated proxy ranks candidates as the final score does."""
+    record = files.search["proxy"]
+    span, known = correlation_span(record, "score")
     if not known:
-        return "The proxy could not be compared with the final score, so nothing was pruned"
-    low, high = min(known.values()), max(known.values())
-    span = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
-    if not calibration["pruning"]:
-        return f"The proxy ranks trials too loosely (rank correlation {span}), so pruning was off"
-    fidelities = listing([float(f) for f in calibration["fidelities"]])
-    return f"The proxy ranks trials well enough (rank correlation {span}) to prune at fidelity {fidelities}"
+        return "The proxy could not be compared with the final score"
+    text = f"Over {_count(record['n'], 'candidate')} the proxy's rank correlation with the score is {span}"
+    threshold, below = f"the threshold of {record['threshold']:g}", [rho < record["threshold"] for rho in known]
+    if all(below):
+        return f"{text}, below {threshold}"
+    return f"{text}, at some fidelities below {threshold}" if any(below) else f"{text}, not below {threshold}"
+
+
+def proxy_parts(record: Mapping[str, Any]) -> str:
+    """How well the proxy ranks mitigation and legal impact, each for itself."""
+    parts = (("mitigation", "mitigation"), ("legal_impact", "legal impact"))
+    return ", ".join(f"{words} {correlation_span(record, part)[0]}" for part, words in parts)
+
+
+def correlation_span(record: Mapping[str, Any], part: str) -> tuple[str, list[float]]:
+    """Smallest and largest rank correlation of a part over the fidelities, in words, and all that are known."""
+    known = [entry[part] for entry in record["correlation"].values() if is_finite(entry[part])]
+    if not known:
+        return "unknown", []
+    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    return (low if low == high else f"{low} to {high}"), known

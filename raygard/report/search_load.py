@@ -9,6 +9,7 @@ from typing import Any
 
 from raygard.errors import RaygardError
 from raygard.report.load import RunFiles
+from raygard.search.choice import best_by_ratio
 from raygard.search.proxy import is_finite
 
 SEARCH, CHOICE, FINAL, FINAL_REPORT = "search.json", "choice.json", "final/outcome.json", "final/report.html"
@@ -61,24 +62,24 @@ class SearchFiles(RunFiles):
 
     @cached_property
     def candidates(self) -> list[dict[str, Any]]:
-        """Every candidate mask with the status of its trial, by p, T and L."""
-        found = [{**c, "status": trial["status"]} for trial in self.trials for c in trial["candidates"]]
+        """Every candidate mask, by p, T and L, with the status of its trial or "incomplete" if it lost a class."""
+        found = [
+            {**c, "status": "incomplete" if c["incomplete"] else trial["status"]}
+            for trial in self.trials
+            for c in trial["candidates"]
+        ]
         return sorted(found, key=lambda c: (c["p"], c["T"], c["L"], c["candidate_id"]))
 
     @cached_property
     def scored(self) -> list[dict[str, Any]]:
-        """Candidates whose mitigation was measured."""
-        return [c for c in self.candidates if is_finite(c["mitigation"])]
+        """Candidates whose mitigation was measured on every counted class; only these can be compared."""
+        return [c for c in self.candidates if is_finite(c["mitigation"]) and not c["incomplete"]]
 
     @cached_property
-    def best(self) -> list[dict[str, Any]]:
+    def best(self) -> list[Candidate]:
         """One candidate for each p: the one the controls are matched to, else the one of highest score."""
-        matched = {c["candidate_id"] for c in self.controls}
-        found: dict[float, dict[str, Any]] = {}
-        for candidate in self.scored:
-            before = found.get(candidate["p"])
-            if before is None or _merit(candidate, matched) > _merit(before, matched):
-                found[candidate["p"]] = candidate
+        matched = {control["candidate_id"] for control in self.controls}
+        found = best_by_ratio(self.scored) | {c["p"]: c for c in self.scored if c["candidate_id"] in matched}
         return [found[p] for p in sorted(found)]
 
     @property
@@ -100,11 +101,6 @@ class SearchFiles(RunFiles):
         """The tensors of each candidate's manifest by p; a mask that is not there is left out."""
         manifests = {c["p"]: self._json(f"{c['mask']}/mask.json") for c in candidates}
         return {p: manifest["tensors"] for p, manifest in manifests.items() if manifest}
-
-
-def _merit(candidate: Candidate, matched: set[str]) -> tuple[bool, float]:
-    score = candidate["score"]
-    return candidate["candidate_id"] in matched, score if is_finite(score) else float("-inf")
 
 
 def last_proxy(candidate: Candidate) -> Mapping[str, Any] | None:

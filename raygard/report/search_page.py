@@ -9,14 +9,13 @@ from typing import Any
 from raygard.outcome import bracket, compare_sentence
 from raygard.report import plots, search_findings, search_plots
 from raygard.report.html import both_themes, run_facts, settings_list, write_page
-from raygard.report.search_findings import describe, varied_settings
+from raygard.report.search_findings import describe, listing, varied_settings
 from raygard.report.search_load import FINAL_REPORT, SearchFiles, last_proxy
 from raygard.report.search_masks import agreement, blocks_by_p, mask_path
 from raygard.search.choice import measure
 from raygard.search.proxy import is_finite
+from raygard.search.tables import point_settings
 from raygard.tracking import redact
-
-POINT_FIELDS = {"p": "freeze_ratio", "T": "temperature", "L": "inner_steps"}
 
 Plot = dict[str, Any]
 
@@ -45,11 +44,14 @@ def _content(files: SearchFiles) -> dict[str, Any]:
         "budget": files.budget,
         "link": FINAL_REPORT if (files.path / FINAL_REPORT).is_file() else None,
         "results": _results(files),
+        "conditions": _conditions(files),
         "trials": _trials(files, settings),
         "masks": _masks(files),
         "proxy": _proxy(files),
+        "pruning": search_findings.pruning(files) if search.get("proxy") else None,
         "setting_words": [words for _, words in settings],
         "rows": _rows(files, settings),
+        "incomplete": any(c["incomplete"] for c in files.candidates),
         "controls": [_control_row(c) for c in files.controls],
         "classes": search.get("classes") or [],
         "facts": _facts(files),
@@ -71,7 +73,11 @@ def headline(files: SearchFiles) -> str:
 def verdict(files: SearchFiles) -> list[str]:
     """The statement of the choice, and on the user half: is it better than random masks of its size?"""
     sentences = [files.choice["statement"]] if files.choice else []
-    return sentences + ([compare_sentence(files.final)] if files.final else [])
+    if files.final:
+        mean = (files.choice or {}).get("outcome_over_seeds")
+        about = f" This compares the mean over masks of seeds {listing(mean['mask_seeds'])}." if mean else ""
+        sentences.append(compare_sentence(files.final) + about)
+    return sentences
 
 
 def _missing(files: SearchFiles) -> list[str]:
@@ -108,8 +114,8 @@ def _results(files: SearchFiles) -> list[Plot]:
             "plot": both_themes(lambda theme: search_plots.against_p(files, theme)),
             "alt": "Mitigation and legal impact at each p of masks and controls; the numbers are in the tables",
             "caption": "Line: at each p the mask the controls are matched to, else that of highest score; faint: other "
-            "candidates. Bars are 95 % intervals over adaptation seeds, classes and pictures of the publisher half: "
-            "they hold for one candidate and do not say that the best of many was picked."
+            "candidates. Bars are 95 % intervals on the publisher half, conditional on what is listed below; they hold "
+            "for one candidate and do not say that the best of many was picked."
             + ("" if files.controls else " No controls were scored, so nothing shows what a mask of this size does."),
         }
     ]
@@ -121,10 +127,20 @@ def _results(files: SearchFiles) -> list[Plot]:
                 "alt": "Mitigation against legal impact of all candidates and controls, with front, budget and aim",
                 "caption": "The choice holds the upper end of the 95 % interval of legal impact against the budget, as "
                 "does the front: its line joins these upper ends, the bar to the right of each of its candidates. "
+                "A control is held against it by the same two numbers, which is no test. "
                 f"Shaded: mitigation of at least {plots.TARGET_MITIGATION:g} within the budget.",
             }
         )
     return found
+
+
+def _conditions(files: SearchFiles) -> list[str]:
+    """What the intervals of the publisher half cover and are conditional on."""
+    resolvable = files.search.get("resolvable_legal_impact")
+    sentences = list(files.search.get("notes") or [])
+    if resolvable is not None:
+        sentences.append(f"Smallest resolvable legal impact: {resolvable:.3f} (budget {files.budget:g}).")
+    return sentences
 
 
 def _trials(files: SearchFiles, settings: list[tuple[str, str]]) -> list[Plot]:
@@ -136,8 +152,8 @@ def _trials(files: SearchFiles, settings: list[tuple[str, str]]) -> list[Plot]:
                 "plot": both_themes(lambda theme: search_plots.parallel(files, settings, theme)),
                 "alt": "Parallel coordinates of all candidates; the numbers are in the table of candidates",
                 "caption": "One line for each candidate; lines of equal settings are drawn a little apart. A dotted "
-                "line ends at the proxy: pruned before it was scored. The score is mitigation less a penalty for "
-                "legal impact above the budget; differences of means over few trials are a hint, not a test.",
+                "line that ends at the proxy was pruned before it was scored. The score is mitigation less a penalty "
+                "for legal impact above the budget; differences of means over few trials are a hint, not a test.",
             }
         )
     if any(trial["seconds"].get(stage) for trial in files.trials for stage in search_plots.STAGES):
@@ -190,15 +206,16 @@ def _masks(files: SearchFiles) -> dict[str, Any]:
 
 def _proxy(files: SearchFiles) -> Plot | None:
     record = files.search.get("proxy")
-    if not record or not any(is_finite(e["score"]) for c in files.scored for e in c["proxy"]):
+    if not record or not any(c["proxy"] for c in files.scored):
         return None
     return {
-        "title": search_findings.proxy(record),
+        "title": search_findings.proxy(files),
         "plot": both_themes(lambda theme: search_plots.proxy(files, theme)),
-        "alt": "Rank correlation of proxy and final score by fidelity, and a scatter plot of both",
-        "caption": "Proxy: the same score from held-out losses after a share of the adaptation. Calibration trials "
-        f"were all scored without pruning; a fidelity prunes later trials if its rank correlation there reaches "
-        f"{record['threshold']:g}. The line of all scored trials lacks those pruned, so it can mislead.",
+        "alt": "Rank correlation of the proxy with the final result by fidelity, and the proxy against the final score",
+        "caption": "Proxy: held-out losses after a share of the adaptation, mapped to the scorer's scale by a line "
+        "fitted on the other scored trials, in the score's formula. Rank correlations of its parts, as measured: "
+        f"{search_findings.proxy_parts(record)}. Trials that were stopped are missing here, so what is shown may "
+        "differ from what the scheduler knew at the time.",
     }
 
 
@@ -216,18 +233,22 @@ def _rows(files: SearchFiles, settings: list[tuple[str, str]]) -> list[dict[str,
             "fidelity": f"at {proxy['fidelity']:g}" if proxy else "",
             "score": measure(c["score"], None),
             "mark": _mark(files, c),
-            "reason": redact(reasons[c["trial_id"]]),
+            "reason": "; ".join(part for part in (_lost(c), redact(reasons[c["trial_id"]])) if part),
             "own": c["candidate_id"] == files.pick_id,
         }
         rows.append(row | _numbers(c))
     for trial in files.trials:
         if not trial["candidates"]:
-            values = [trial["point"].get(POINT_FIELDS.get(field, field)) for field, _ in settings]
+            point = point_settings(trial["point"])
             row = dict.fromkeys(("params", "proxy", "score", "mitigation", "legal_impact"), "-")
             row |= dict.fromkeys(("fidelity", "mitigation_ci", "legal_impact_ci"), "")
             text = {"name": trial["trial_id"], "mark": trial["status"], "reason": redact(trial["reason"] or "")}
-            rows.append({**row, **text, "settings": [_setting(value) for value in values], "own": False})
+            rows.append({**row, **text, "settings": [_setting(point[field]) for field, _ in settings], "own": False})
     return rows
+
+
+def _lost(candidate: Mapping[str, Any]) -> str:
+    return f"no result for {', '.join(candidate['incomplete'])}" if candidate["incomplete"] else ""
 
 
 def _setting(value: float | str | None) -> str:
@@ -252,7 +273,7 @@ def _mark(files: SearchFiles, candidate: Mapping[str, Any]) -> str:
 
 
 def _control_row(control: Mapping[str, Any]) -> dict[str, str]:
-    row = {"p": f"{control['p']:g}", "defence": plots.label(control["defence"])}
+    row = {"p": f"{control['p']:g}", "defence": plots.label(control["defence"]), "draws": str(control["draws"])}
     row |= {"candidate": control["candidate_id"], "params": f"{control['param_share']:.1%}"}
     return row | _numbers(control)
 

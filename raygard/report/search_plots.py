@@ -19,6 +19,11 @@ Record = Mapping[str, Any]
 MITIGATION_AXIS = "mitigation (share blocked)"
 LEGAL_AXIS = "legal impact (share blocked)"
 STAGES = {"learn": "freeze", "adapt": "random", "generate": "largest-first", "score": "none"}
+PROXY_PARTS = (
+    ("mitigation", "mitigation", "random", "s"),
+    ("legal_impact", "legal impact", "largest-first", "v"),
+    ("score", "score (calibrated)", "freeze", "D"),
+)
 FIDELITY_MARKERS = ("o", "s", "^", "D", "v", "P")
 AIM = ("#2b8a3e", "#69db7c")
 BUDGET = ("#c2255c", "#f783ac")
@@ -267,25 +272,27 @@ def cost(trials: Sequence[Record], theme: int) -> bytes:
 
 
 def proxy(files: SearchFiles, theme: int) -> bytes:
-    """Rank correlation of the proxy with the final score by fidelity, and proxy against final score."""
+    """Rank correlations of the proxy and its parts by fidelity, and the proxy against the final score."""
     figure, (left, right) = plots.canvas(8.8, 3.6, theme, columns=2)
     record = files.search["proxy"]
     known: list[float] = []
-    for kind, defence, marker in (("calibration", "random", "s"), ("all", "freeze", "D")):
-        entry = record.get(kind) or {}
-        pairs = sorted((float(f), rho) for f, rho in (entry.get("correlation") or {}).items() if is_finite(rho))
+    for part, words, defence, marker in PROXY_PARTS:
+        pairs = sorted((float(f), entry[part]) for f, entry in record["correlation"].items() if is_finite(entry[part]))
         known += [rho for _, rho in pairs]
         left.plot(
-            [fidelity for fidelity, _ in pairs], [rho for _, rho in pairs], f"{marker}-", markersize=7,
-            color=plots.colour_of(defence, theme), label=f"{kind}, n = {entry.get('n', 0)}",
+            [fidelity for fidelity, _ in pairs], [rho for _, rho in pairs], f"{marker}-", markersize=6,
+            color=plots.colour_of(defence, theme), label=words, linewidth=2 if part == "score" else 1,
         )  # fmt: skip
-    _line(left, record["threshold"], "prunes\nfrom", plots.INK[theme], vertical=False)
+    if files.search.get("scheduler") != "fifo":
+        _line(left, record["threshold"], "prunes\nfrom", plots.INK[theme], vertical=False)
+        known.append(record["threshold"])
     points = [(e["fidelity"], e["score"], c["score"]) for c in files.scored for e in c["proxy"]]
     points = [point for point in points if is_finite(point[1]) and is_finite(point[2])]
     fidelities = sorted({fidelity for fidelity, _, _ in points})
+    ticks = sorted(float(fidelity) for fidelity in record["correlation"]) or [0, 0.5, 1]
     left.set_xlim(0, 1.08)
-    left.set_ylim(min([-0.05, record["threshold"], *known]) - 0.05, 1.12)
-    left.set_xticks(fidelities or [0, 0.5, 1], [f"{f:g}" for f in fidelities or [0, 0.5, 1]])
+    left.set_ylim(min([-0.05, *known]) - 0.05, 1.12)
+    left.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     for rank, fidelity in enumerate(fidelities):
         own = [point for point in points if point[0] == fidelity]
         right.plot(
@@ -293,9 +300,9 @@ def proxy(files: SearchFiles, theme: int) -> bytes:
             color=plots.colour_of("freeze", theme), alpha=0.3 + 0.65 * (rank + 1) / len(fidelities), markersize=6,
             markeredgewidth=0, label=f"fidelity {fidelity:g}",
         )  # fmt: skip
-    plots.titles(left, theme, "", "fidelity (share of the full adaptation)", "rank correlation with final score")
-    plots.titles(right, theme, "", "proxy score (held-out loss)", "final score (scorer)")
-    plots.legend(left, theme, loc="lower right")
+    plots.titles(left, theme, "", "fidelity (share of the full adaptation)", f"rank correlation (n = {record['n']})")
+    plots.titles(right, theme, "", "proxy: score expected from held-out losses", "final score (scorer)")
+    plots.legend(left, theme, loc="best")
     if fidelities:
         plots.legend(right, theme, loc="best")
     return plots.png(figure)

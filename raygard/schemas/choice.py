@@ -31,14 +31,25 @@ class Pick(Record):
     mask: str = Field(description="mask folder, relative to the search directory")
 
 
-class UserHalf(Record):
-    """The reported outcome: the picked mask, scored once on pictures nothing was chosen on."""
+class Numbers(Record):
+    """What a mask achieved on the user half, on pictures nothing was chosen on."""
 
     mitigation: float | None
     mitigation_ci: Interval | None = Field(description="95 % interval")
     legal_impact: float | None
     legal_impact_ci: Interval | None = Field(description="95 % interval")
+
+
+class UserHalf(Numbers):
+    """The reported outcome: the picked mask itself, scored once."""
+
     path: str = Field(description="outcome.json it was read from, relative to the search directory")
+
+
+class OverSeeds(Numbers):
+    """The mean over the picked mask and masks learned with other seeds at the same point."""
+
+    mask_seeds: tuple[int, ...] = Field(description="learning seeds of these masks; the first is that of the picked")
 
 
 class Choice(Record):
@@ -61,5 +72,12 @@ class Choice(Record):
         description="candidates that no other one beats in mitigation and in the upper bound of legal impact; most "
         "mitigation first"
     )
-    considered: int = Field(ge=1, description="candidates scored on the publisher half")
+    considered: int = Field(ge=1, description="candidates scored on the publisher half with every counted class")
+    notes: tuple[str, ...] = Field(description="what the intervals on the publisher half cover and are conditional on")
+    resolvable_legal_impact: float | None = Field(
+        description="smallest legal impact the publisher half can resolve; null if unknown"
+    )
     outcome: UserHalf | None = Field(description="null until the picked mask is scored on the user half")
+    outcome_over_seeds: OverSeeds | None = Field(
+        description="null unless masks of several seeds were scored on the user half; only the first is released"
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from raygard.errors import RaygardError
-from raygard.outcome import LEARNED, bracket
+from raygard.outcome import bracket
 from raygard.schemas.choice import Choice, Pick
 from raygard.search.proxy import is_finite
 
@@ -28,13 +28,17 @@ def choose(
     legal_penalty: float,
     config_hash: str,
     seed: int,
+    notes: Sequence[str] = (),
+    resolvable_legal_impact: float | None = None,
 ) -> dict[str, Any]:
     """The content of choice.json (raygard/schemas/choice.schema.json) from all candidates of a search, in any order.
 
-    candidates: as in trial.json, measured on the publisher half. Only those whose mitigation, legal impact and both
-    intervals are finite are considered. Ties: smaller upper bound of legal impact, smaller p, then candidate_id;
-    for `nearest`, where no candidate meets the budget, more mitigation comes first among them.
+    candidates: as in trial.json, measured on the publisher half. Only those with a result for every counted class
+    (`incomplete` is empty) whose mitigation, legal impact and both intervals are finite are considered. Ties: smaller
+    upper bound of legal impact, smaller p, then candidate_id; for `nearest`, where no candidate meets the budget, more
+    mitigation comes first among them.
     legal_penalty, config_hash, seed: recorded, they do not act on the choice.
+    notes, resolvable_legal_impact: of the publisher half, as in outcome.json; recorded, and in the statement.
     Raises RaygardError if no candidate can be considered, or if two share a candidate_id.
     """
     names = sorted(c["candidate_id"] for c in candidates)
@@ -60,23 +64,40 @@ def choose(
             "nearest": _pick(nearest),
             "front": [c["candidate_id"] for c in scored if not any(_dominates(other, c) for other in scored)],
             "considered": len(scored),
+            "notes": list(notes),
+            "resolvable_legal_impact": resolvable_legal_impact,
             "outcome": None,
+            "outcome_over_seeds": None,
         }
     )
 
 
 def with_outcome(
-    choice: Mapping[str, Any], outcome: Mapping[str, Any], path: str = "final/outcome.json"
+    choice: Mapping[str, Any],
+    released: Mapping[str, Any],
+    over_seeds: Mapping[str, Any] | None = None,
+    path: str = "final/outcome.json",
 ) -> dict[str, Any]:
-    """The choice with the user half's numbers of the learned mask and a statement that includes them.
+    """The choice with the user half's numbers and a statement that includes them.
 
-    outcome: the content of outcome.json of the picked mask; path: where it lies, relative to the search directory.
-    Raises RaygardError if that outcome has no learned mask.
+    released: mitigation, mitigation_ci, legal_impact, legal_impact_ci of the picked mask alone. over_seeds: the same
+    as a mean over masks of several learning seeds, and `mask_seeds`. path: outcome.json they come from, relative to
+    the search directory.
     """
-    entry = next((s for s in outcome["summary"] if s["defence"] == LEARNED), None)
-    if entry is None:
-        raise RaygardError(f"{path} has no defence '{LEARNED}'; add it to evaluation.defences")
-    return _finished({**choice, "outcome": {**{field: entry[field] for field in MEASURED}, "path": path}})
+    outcome = {**{field: released[field] for field in MEASURED}, "path": path}
+    mean = None if over_seeds is None else {field: over_seeds[field] for field in (*MEASURED, "mask_seeds")}
+    return _finished({**choice, "outcome": outcome, "outcome_over_seeds": mean})
+
+
+def best_by_ratio(candidates: Iterable[Candidate]) -> dict[float, Candidate]:
+    """The scored candidate of highest score for each p, p ascending; none that lacks a counted class."""
+    best: dict[float, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: (c["p"], c["candidate_id"])):
+        if candidate["incomplete"] or not is_finite(candidate["score"]):
+            continue
+        if candidate["p"] not in best or candidate["score"] > best[candidate["p"]]["score"]:
+            best[candidate["p"]] = candidate
+    return best
 
 
 def _finished(choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +105,8 @@ def _finished(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_scored(candidate: Candidate) -> bool:
+    if candidate["incomplete"]:
+        return False
     values = [candidate["mitigation"], candidate["legal_impact"]]
     for field in ("mitigation_ci", "legal_impact_ci"):
         values.extend(candidate[field] or (None,))
@@ -94,10 +117,12 @@ def _nothing_scored(candidates: Sequence[Candidate], domain: str) -> str:
     if not candidates:
         return f"domain '{domain}' has no candidate to choose from: every trial failed; see trials.csv"
     counts = [f"{sum(is_finite(c[field]) for c in candidates)} {field}" for field in ("mitigation", "legal_impact")]
+    counts.append(f"{sum(bool(c['incomplete']) for c in candidates)} incomplete")
     return (
         f"none of the {len(candidates)} candidates of domain '{domain}' has mitigation and legal impact with intervals "
-        f"({', '.join(counts)}): a role needs a class that full fine-tuning moves by three standard errors; "
-        "raise adapt.max_train_steps or generation.num_images"
+        f"({', '.join(counts)}): a role needs a class that full fine-tuning moves by three standard errors, and each "
+        "candidate a result for every such class; raise adapt.max_train_steps or generation.num_images, and see the "
+        "reasons in search.json"
     )
 
 
@@ -143,10 +168,29 @@ def _statement(choice: Mapping[str, Any]) -> str:
         ]
     if pick["mitigation_ci"][0] <= 0:
         sentences.append("Its mitigation is not shown to be above zero.")
+    sentences += _conditions(choice)
     if choice["outcome"] is not None:
-        sentences.append(f"On the user half, on which nothing was chosen: {_both(choice['outcome'])}.")
+        sentences.append(f"On the user half, on which nothing was chosen, this mask: {_both(choice['outcome'])}.")
         sentences += _user_half_verdict(choice["outcome"], budget)
+    if choice["outcome_over_seeds"] is not None:
+        sentences.append(f"{over_seeds_words(choice['outcome_over_seeds'])}.")
     return " ".join(sentences)
+
+
+def _conditions(choice: Mapping[str, Any]) -> list[str]:
+    """What the publisher half's intervals do not cover, as far as its notes say so, and what it can resolve."""
+    held = [note for note in choice["notes"] if "conditional on" in note]
+    sentences = [f"About these intervals: {' '.join(held)}"] if held else []
+    resolvable, budget = choice["resolvable_legal_impact"], choice["legal_budget"]
+    if resolvable is not None:
+        finer = f", more than the budget of {budget:g}" if resolvable > budget else ""
+        sentences.append(f"The smallest legal impact they resolve is {resolvable:.3f}{finer}.")
+    return sentences
+
+
+def over_seeds_words(mean: Mapping[str, Any]) -> str:
+    """`Mean over masks of seeds 0, 1 at this point: mitigation ... at a legal impact of ...`."""
+    return f"Mean over masks of seeds {', '.join(map(str, mean['mask_seeds']))} at this point: {_both(mean)}"
 
 
 def _user_half_verdict(outcome: Mapping[str, Any], budget: float) -> list[str]:

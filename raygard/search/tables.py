@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raygard.search.choice import measure
+from raygard.search.choice import measure, over_seeds_words
 
 SETTINGS = ("p", "T", "L", "K", "rule", "illegal_weight", "legal_weight")
 SHARES = ("freeze_ratio", "param_share")
@@ -20,12 +20,16 @@ DOMAIN_HEADER = ("domain", "p", "T", "L", "mitigation [95 %]", "legal impact [95
 Content = Mapping[str, Any]
 
 
+def point_settings(point: Content) -> dict[str, Any]:
+    """p, T, L, ... of a trial's point, under the names candidates have them; p is None where it has all."""
+    return {name: point[POINT.get(name, name)] for name in SETTINGS}
+
+
 def _rows(search: Content) -> list[tuple[Content, Content]]:
     """Every candidate with its trial, by p, T and L; a trial that failed without one has a row of its own."""
     rows: list[tuple[Content, Content]] = []
     for trial in search["trials"]:
-        stand_in = {name: trial["point"][POINT.get(name, name)] for name in SETTINGS}
-        rows += [(trial, candidate) for candidate in trial["candidates"] or [stand_in]]
+        rows += [(trial, candidate) for candidate in trial["candidates"] or [point_settings(trial["point"])]]
     return sorted(rows, key=_order)
 
 
@@ -45,11 +49,11 @@ def trials_csv(search: Content) -> str:
     """trials.csv: one row a candidate, by p, T and L; a trial that failed without one has one row without numbers.
 
     search: the content of search.json. Seconds are those of the whole trial, so the candidates of one ranking repeat
-    them. Null is an empty cell; numbers are written in full.
+    them. Null is an empty cell; numbers are written in full. `incomplete` names counted classes without a result.
     """
     rows = _rows(search)
     fidelities = sorted({fidelity for _, candidate in rows for fidelity in _proxies(candidate)})
-    columns = ["domain", "trial_id", "candidate_id", "phase", "status", *SETTINGS, *SHARES]
+    columns = ["domain", "trial_id", "candidate_id", "phase", "status", "incomplete", *SETTINGS, *SHARES]
     columns += [f"proxy_{fidelity}_{field}" for fidelity in fidelities for field in PROXY]
     columns += [f"{field}{end}" for field in ("mitigation", "legal_impact") for end in ("", "_low", "_high")]
     columns += ["score", *(f"seconds_{stage}" for stage in SECONDS), "mask_sha256"]
@@ -58,6 +62,7 @@ def trials_csv(search: Content) -> str:
     writer.writeheader()
     for trial, candidate in rows:
         row = {**candidate, **{key: trial[key] for key in ("trial_id", "phase", "status")}, "domain": search["domain"]}
+        row["incomplete"] = "; ".join(candidate.get("incomplete", ()))
         for fidelity, entry in _proxies(candidate).items():
             row |= {f"proxy_{fidelity}_{field}": entry[field] for field in PROXY}
         for field in ("mitigation", "legal_impact"):
@@ -68,11 +73,11 @@ def trials_csv(search: Content) -> str:
 
 
 def format_trials(search: Content, choice: Content) -> str:
-    """The candidates of a search as plain text, by p, T and L, then why trials failed, then the statement.
+    """The candidates of a search as plain text, by p, T and L, what is incomplete or failed and why, the statement.
 
-    Settings that are the same for all candidates, other than p, T and L, are left out. `proxy` is the score at the
-    highest fidelity the candidate reached. The last column marks what is chosen, nearest, on the front, pruned or
-    failed.
+    Settings that are the same for all candidates, other than p, T and L, are left out. `proxy` is the score expected
+    at the highest fidelity the candidate reached. The last column marks what is chosen, nearest, on the front,
+    incomplete, pruned or failed.
     """
     rows = _rows(search)
     varied = [name for name in SETTINGS[4:] if len({candidate[name] for _, candidate in rows}) > 1]
@@ -95,6 +100,11 @@ def format_trials(search: Content, choice: Content) -> str:
             ]
         )
     text = _aligned(lines, left=(len(header) - 1,))
+    text += [
+        f"{candidate['candidate_id']} incomplete: no result for {', '.join(candidate['incomplete'])}"
+        for _, candidate in rows
+        if candidate.get("incomplete")
+    ]
     text += [f"{t['trial_id']} failed: {t['reason']}" for t in search["trials"] if t["status"] == "failed"]
     return "\n".join([*text, choice["statement"]])
 
@@ -116,6 +126,8 @@ def _mark(trial: Content, candidate: Content, choice: Content) -> str:
             return role
     if name in choice["front"]:
         return "front"
+    if candidate.get("incomplete"):
+        return "incomplete"
     return "" if trial["status"] == "scored" else str(trial["status"])
 
 
@@ -140,24 +152,26 @@ def _domain_row(search: Content, choice: Content) -> list[str]:
     ]
 
 
-def _domain_note(rows: Sequence[tuple[Content, Content]]) -> list[str]:
+def _domain_notes(rows: Sequence[tuple[Content, Content]]) -> list[str]:
     missed = [f"{choice['legal_budget']:g} ({choice['domain']})" for _, choice in rows if not choice["meets_budget"]]
-    if not missed:
-        return []
-    return [
-        "none: no p keeps the upper 95 % bound of legal impact within the budget of "
-        f"{', '.join(missed)}; the numbers are those of the nearest."
-    ]
+    notes = []
+    if missed:
+        notes.append(
+            "none: no p keeps the upper 95 % bound of legal impact within the budget of "
+            f"{', '.join(missed)}; the numbers are those of the nearest."
+        )
+    means = [(choice["domain"], choice["outcome_over_seeds"]) for _, choice in rows if choice["outcome_over_seeds"]]
+    return notes + [f"{domain}: the row is the picked mask's own. {over_seeds_words(mean)}." for domain, mean in means]
 
 
 def domains_table(rows: Sequence[tuple[Content, Content]]) -> str:
     """One line a domain as plain text: p, T, L of the choice and its outcome on the user half.
 
     rows: (content of search.json, content of choice.json), in the order to print. Where no p meets the budget, the
-    line says so and shows the nearest.
+    line says so and shows the nearest. The mean over mask seeds, where there is one, is named below.
     """
     lines = [list(DOMAIN_HEADER), *(_domain_row(search, choice) for search, choice in rows)]
-    return "\n".join([*_aligned(lines, left=(0,)), *_domain_note(rows)])
+    return "\n".join([*_aligned(lines, left=(0,)), *_domain_notes(rows)])
 
 
 def domains_markdown(rows: Sequence[tuple[Content, Content]]) -> str:
@@ -165,5 +179,4 @@ def domains_markdown(rows: Sequence[tuple[Content, Content]]) -> str:
     lines = [list(DOMAIN_HEADER), *(_domain_row(search, choice) for search, choice in rows)]
     text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
     text.insert(1, "|---|" + "---:|" * (len(DOMAIN_HEADER) - 1))
-    note = _domain_note(rows)
-    return "\n".join([*text, *([""] if note else []), *note]) + "\n"
+    return "\n".join(text + [line for note in _domain_notes(rows) for line in ("", note)]) + "\n"

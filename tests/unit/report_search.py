@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,16 +12,23 @@ import torch
 import yaml
 from report_run import tiny_unet, write_evaluation, write_learning
 
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.mask import FreezeMask, select_frozen
-from raygard.search.choice import choose, with_outcome
-from raygard.search.proxy import calibrate, measured, score
+from raygard.search.choice import best_by_ratio, choose, with_outcome
+from raygard.search.proxy import Evidence, score, summary, with_predictions
 
 RATIOS, TEMPERATURES, INNER_STEPS = (0.1, 0.3, 0.5, 0.7), (0.1, 0.2), (5, 10)
 FIDELITIES = (0.25, 0.5, 1.0)
-BUDGET, PENALTY = 0.05, 2.0
+BUDGET, PENALTY, THRESHOLD, CALIBRATION_TRIALS = 0.05, 2.0, 0.5, 6
 PRUNED = {"p0.5-T0.1-L5", "p0.7-T0.1-L5", "p0.7-T0.1-L10"}
 FAILED = "p0.1-T0.1-L10"
+NOTES = [
+    "Intervals are 95 % percentile intervals; pictures are resampled, paired across defences.",
+    "One mask each of freeze: their intervals are conditional on it.",
+    "Adaptation seeds are resampled (2).",
+    "Mitigation is conditional on the 2 counted illegal classes (fewer than 5 are not resampled).",
+]
+RESOLVABLE, DRAWS = 0.031, 2
 CONTROLS = {"random": (0.35, 0.5), "random-matched": (0.7, 1.1), "largest-first": (1.25, 2.4)}
 
 
@@ -55,14 +63,7 @@ def _proxies(rng: np.random.Generator, mitigation: float, legal: float, fideliti
     for fidelity in fidelities:
         noise = rng.normal(0, 0.12 * (1.2 - fidelity), 2)
         proxy = {"mitigation": 0.7 * mitigation + noise[0], "legal_impact": legal + 0.3 * noise[1]}
-        entries.append(
-            {
-                "fidelity": fidelity,
-                "step": int(160 * fidelity),
-                **proxy,
-                "score": score(*proxy.values(), BUDGET, PENALTY),
-            }
-        )
+        entries.append({"fidelity": fidelity, "step": int(160 * fidelity), **proxy})
     return entries
 
 
@@ -93,6 +94,7 @@ def _trial(folder: Path, point: tuple[float, float, int], masks: Masks, rng: np.
         candidate = {"candidate_id": name, "trial_id": name, "p": p, "T": temperature, "L": inner_steps, "K": 30}
         candidate |= {**setting, "mask": path, "mask_sha256": mask.sha256}
         candidate |= {"freeze_ratio": mask.ratio_by_count, "param_share": mask.ratio_by_params}
+        candidate |= {"incomplete": []}
         candidate["proxy"] = _proxies(rng, mitigation, legal, fidelities)
         fields = ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
         candidate |= dict.fromkeys((*fields, "relative_illegal", "relative_legal", "score"))
@@ -107,15 +109,29 @@ def _trial(folder: Path, point: tuple[float, float, int], masks: Masks, rng: np.
     return trial
 
 
-def _controls(candidates: list[dict], rng: np.random.Generator) -> list[dict]:
+def _controls(matched: dict[float, dict], rng: np.random.Generator) -> list[dict]:
     controls = []
-    for p in RATIOS:
-        best = max((c for c in candidates if c["p"] == p and c["score"] is not None), key=lambda c: c["score"])
+    for p, best in sorted(matched.items()):
         for defence, (gain, cost) in CONTROLS.items():
             numbers = _measured(rng, gain * 0.8 * best["mitigation"], cost * best["legal_impact"] + 0.01)
-            about = {"p": p, "defence": defence, "candidate_id": best["candidate_id"]}
+            about = {"p": p, "defence": defence, "candidate_id": best["candidate_id"], "draws": DRAWS}
             controls.append({**about, "param_share": min(0.99, best["param_share"]), **numbers})
     return controls
+
+
+def _decisions(trials: list[dict]) -> list[dict]:
+    """What the scheduler would have known and done had the trials run one after another."""
+    evidence, decisions = Evidence(BUDGET, PENALTY), []
+    for trial in trials:
+        evidence.add_record(trial)
+        reached = [entry["fidelity"] for candidate in trial["candidates"] for entry in candidate["proxy"]]
+        others = replace(evidence, finals={k: v for k, v in evidence.finals.items() if k != trial["trial_id"]})
+        for fidelity in reached:
+            about = {"trial_id": trial["trial_id"], "fidelity": fidelity, "scored": len(others.scored_at(fidelity))}
+            free = others.is_trusted(fidelity, threshold=THRESHOLD, min_trials=CALIBRATION_TRIALS)
+            about |= {"correlation": others.correlation(fidelity), "pruning": free}
+            decisions.append(about | {"stopped": trial["status"] == "pruned" and fidelity == reached[-1]})
+    return decisions
 
 
 def write_search(folder: Path, ratios: tuple[float, ...] = RATIOS, budget: float = BUDGET) -> Path:
@@ -132,7 +148,16 @@ def write_search(folder: Path, ratios: tuple[float, ...] = RATIOS, budget: float
     (folder / "run.json").write_text(json.dumps(run))
     masks = Masks(rng)
     trials = [_trial(folder, point, masks, rng) for point in product(ratios, TEMPERATURES, INNER_STEPS)]
+    evidence, decisions = Evidence(BUDGET, PENALTY), _decisions(trials)
+    for trial in trials:
+        evidence.add_record(trial)
+    trials = with_predictions(trials, evidence)
     candidates = [c for trial in trials for c in trial["candidates"]]
+    about = {"domain": "emoji-styles", "config_hash": "0123456789abcdef", "seed": 0}
+    about |= {"notes": NOTES, "resolvable_legal_impact": RESOLVABLE}
+    choice = choose(candidates, legal_budget=budget, legal_penalty=PENALTY, **about)
+    pick = choice["chosen"] or choice["nearest"]
+    matched = best_by_ratio(candidates) | {pick["p"]: pick}
     roles = {"Fluent 3D": "illegal", "OpenMoji": "illegal", "Twemoji": "legal", "FxEmoji": "legal"}
     gap = {"d_base": 0.42, "d_full": 0.18, "gap": 0.24, "se": 0.011, "counted": True}
     search = {
@@ -147,8 +172,15 @@ def write_search(folder: Path, ratios: tuple[float, ...] = RATIOS, budget: float
         "seed": 0,
         "relearn_runs": 1,
         "trials": trials,
-        "controls": [c for c in _controls(candidates, rng) if c["p"] in ratios] if ratios == RATIOS else [],
-        "proxy": {"threshold": 0.5, "calibration": calibrate(candidates[:8]), "all": measured(candidates)},
+        "controls": _controls(matched, rng) if ratios == RATIOS else [],
+        "proxy": {
+            "threshold": THRESHOLD,
+            "calibration_trials": CALIBRATION_TRIALS,
+            **summary(evidence, FIDELITIES),
+            "decisions": decisions,
+        },
+        "notes": NOTES,
+        "resolvable_legal_impact": RESOLVABLE,
         "classes": [{"class": name, "role": role, **gap} for name, role in roles.items()],
         "agreement": [
             {"p": p, "seed_agreement": min(1, p + 0.35), "seed_agreement_chance": p, "seeds": [0, 1]} for p in ratios
@@ -158,8 +190,6 @@ def write_search(folder: Path, ratios: tuple[float, ...] = RATIOS, budget: float
         "finished": "2026-11-21T23:45:00Z",
     }
     (folder / "search.json").write_text(json.dumps(search))
-    about = {"domain": "emoji-styles", "config_hash": "0123456789abcdef", "seed": 0}
-    choice = choose(candidates, legal_budget=budget, legal_penalty=PENALTY, **about)
     (folder / "choice.json").write_text(json.dumps(choice))
     return folder
 
@@ -172,4 +202,7 @@ def write_final(folder: Path) -> None:
     (folder / "final" / "report.html").write_text("<!doctype html><title>final</title>")
     choice = json.loads((folder / "choice.json").read_text())
     outcome = json.loads((folder / "final" / "outcome.json").read_text())
-    (folder / "choice.json").write_text(json.dumps(with_outcome(choice, outcome)))
+    mean = next(entry for entry in outcome["summary"] if entry["defence"] == "freeze")
+    low, high = mean["mitigation_ci"]
+    released = {**mean, "mitigation": mean["mitigation"] - 0.04, "mitigation_ci": [low - 0.07, high - 0.02]}
+    (folder / "choice.json").write_text(json.dumps(with_outcome(choice, released, {**mean, "mask_seeds": [0, 1]})))

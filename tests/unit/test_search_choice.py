@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raygard import schemas
 from raygard.errors import RaygardError
-from raygard.search.choice import choose, with_outcome
+from raygard.search.choice import best_by_ratio, choose, with_outcome
 
 BUDGET = 0.05
 PICKED = ("meets_budget", "chosen", "nearest", "front")
@@ -33,6 +33,7 @@ def candidate(name, mitigation=0.2, upper=0.04, *, p=0.3, impact=None, **fields)
         "freeze_ratio": p,
         "param_share": 0.4,
         "proxy": [],
+        "incomplete": [],
         "mitigation": mitigation,
         "mitigation_ci": [mitigation - 0.05, mitigation + 0.05],
         "legal_impact": impact,
@@ -42,17 +43,17 @@ def candidate(name, mitigation=0.2, upper=0.04, *, p=0.3, impact=None, **fields)
     }
 
 
-def chosen_from(candidates, budget=BUDGET):
-    return choose(
-        candidates, domain="d", legal_budget=budget, legal_penalty=2.0, config_hash="0123456789abcdef", seed=0
-    )
+def chosen_from(candidates, budget=BUDGET, **more):
+    about = {"domain": "d", "legal_penalty": 2.0, "config_hash": "0123456789abcdef", "seed": 0}
+    return choose(candidates, legal_budget=budget, **about, **more)
 
 
-def summary(**fields):
-    entry = {"defence": "freeze", "mitigation": 0.3, "mitigation_ci": [0.2, 0.4], "freeze_ratio": 0.3}
-    return {
-        "summary": [{"defence": "none"}, {**entry, "legal_impact": 0.01, "legal_impact_ci": [-0.02, 0.03], **fields}]
-    }
+def numbers(**fields):
+    measured = {"mitigation": 0.3, "mitigation_ci": [0.2, 0.4], "legal_impact": 0.01, "legal_impact_ci": [-0.02, 0.03]}
+    return {**measured, **fields}
+
+
+SEVERAL = numbers(mitigation=0.25, mitigation_ci=[0.1, 0.5], mask_seeds=[0, 7])
 
 
 # Few distinct values, so that ties and candidates exactly on the budget are common.
@@ -169,7 +170,8 @@ def test_choice_follows_its_schema(candidates):
     found = chosen_from(candidates)
     validate = jsonschema.Draft202012Validator(schemas.load("choice")).validate
     validate(json.loads(json.dumps(found, allow_nan=False)))
-    validate(json.loads(json.dumps(with_outcome(found, summary()), allow_nan=False)))
+    for over_seeds in (None, SEVERAL):
+        validate(json.loads(json.dumps(with_outcome(found, numbers(), over_seeds), allow_nan=False)))
 
 
 @pytest.mark.parametrize("change", [{"meets_budget": "yes"}, {"chosen": {}}, {"front": None}, {"surprise": 1}])
@@ -180,28 +182,65 @@ def test_schema_refuses_damage(change):
 
 def test_outcome_of_the_user_half_is_filled_in_once():
     found = chosen_from([candidate("a")])
-    filled = with_outcome(found, summary(), path="final/outcome.json")
-    assert filled["outcome"] == {
-        "mitigation": 0.3,
-        "mitigation_ci": [0.2, 0.4],
-        "legal_impact": 0.01,
-        "legal_impact_ci": [-0.02, 0.03],
-        "path": "final/outcome.json",
-    }
+    filled = with_outcome(found, numbers(defence="freeze"), path="final/outcome.json")
+    assert filled["outcome"] == {**numbers(), "path": "final/outcome.json"}
+    assert filled["outcome_over_seeds"] is None and "Mean over" not in filled["statement"]
     assert filled["statement"].startswith(found["statement"])
     assert "0.03, is within the budget" in filled["statement"]
-    assert with_outcome(filled, summary()) == filled
+    assert with_outcome(filled, numbers()) == filled
     kept = {key: value for key, value in filled.items() if key not in ("outcome", "statement")}
     assert kept == {key: found[key] for key in kept}
 
 
+def test_outcome_is_the_released_masks_own_and_the_mean_over_seeds_is_named_apart():
+    alone = with_outcome(chosen_from([candidate("a")]), numbers())
+    both = with_outcome(chosen_from([candidate("a")]), numbers(), {**SEVERAL, "defence": "freeze"})
+    assert both["outcome"] == alone["outcome"]
+    assert both["outcome_over_seeds"] == SEVERAL
+    own, mean = both["statement"].split("Mean over masks of seeds 0, 7")
+    assert own.strip() == alone["statement"]
+    assert "mitigation 0.300 [0.200, 0.400]" in own and "mitigation 0.250 [0.100, 0.500]" in mean
+
+
 def test_user_half_above_the_budget_is_said():
-    over = with_outcome(chosen_from([candidate("a")]), summary(legal_impact_ci=[0.0, 0.08]))
+    over = with_outcome(chosen_from([candidate("a")]), numbers(legal_impact_ci=[0.0, 0.08]))
     assert "0.08, exceeds the budget of 0.05" in over["statement"]
-    unknown = with_outcome(chosen_from([candidate("a")]), summary(legal_impact=None, legal_impact_ci=None))
+    unknown = with_outcome(chosen_from([candidate("a")]), numbers(legal_impact=None, legal_impact_ci=None))
     assert "cannot be measured" in unknown["statement"]
 
 
-def test_outcome_without_the_learned_mask_is_refused():
-    with pytest.raises(RaygardError, match="no defence 'freeze'"):
-        with_outcome(chosen_from([candidate("a")]), {"summary": [{"defence": "none"}]})
+def test_candidate_that_lost_a_class_competes_with_none():
+    lost = candidate("lost", 0.9, 0.0, incomplete=["stripes"])
+    found = chosen_from([lost, candidate("whole", 0.1)])
+    assert (found["chosen"]["candidate_id"], found["front"], found["considered"]) == ("whole", ["whole"], 1)
+    nearest = chosen_from([lost, candidate("whole", 0.1, 0.9)])["nearest"]
+    assert nearest["candidate_id"] == "whole"
+    with pytest.raises(RaygardError, match="1 incomplete"):
+        chosen_from([lost])
+
+
+def test_best_of_a_ratio_has_every_class_and_a_score():
+    found = best_by_ratio(
+        [
+            candidate("lost", 0.9, incomplete=["stripes"]),
+            candidate("unscored", 0.8, score=None),
+            candidate("best", 0.3),
+            candidate("less", 0.2),
+            candidate("alone", 0.7, p=0.1, incomplete=["checks"]),
+            candidate("other", 0.1, p=0.5),
+        ]
+    )
+    assert {p: c["candidate_id"] for p, c in found.items()} == {0.3: "best", 0.5: "other"}
+
+
+def test_what_the_intervals_are_conditional_on_is_recorded_and_said():
+    notes = ["Pictures are resampled.", "One adaptation seed: intervals are conditional on it."]
+    found = chosen_from([candidate("a")], notes=notes, resolvable_legal_impact=0.0321)
+    assert (found["notes"], found["resolvable_legal_impact"]) == (notes, 0.0321)
+    assert notes[1] in found["statement"] and "0.032" in found["statement"] and "more than" not in found["statement"]
+    assert notes[1] in with_outcome(found, numbers())["statement"]
+    coarse = chosen_from([candidate("a")], resolvable_legal_impact=0.2)
+    assert "0.200, more than the budget of 0.05" in coarse["statement"]
+    plain = chosen_from([candidate("a")])
+    assert (plain["notes"], plain["resolvable_legal_impact"]) == ([], None)
+    assert "intervals" not in plain["statement"] and "resolve" not in plain["statement"]

@@ -1,5 +1,6 @@
 """The report of a search: one self-contained page, whatever part of the search exists; what its titles claim."""
 
+import html
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from raygard.report import build_report, search_page
 from raygard.report.html import data_uri
 from raygard.report.layers import block_shares
 from raygard.report.plots import THEMES
-from raygard.report.search_findings import against_p, listing, pareto, proxy, settings_that_matter
+from raygard.report.search_findings import against_p, listing, pareto, proxy, pruning, settings_that_matter
 from raygard.report.search_load import SearchFiles
 from raygard.report.search_masks import mask_path
 
@@ -186,35 +187,145 @@ def test_a_damaged_choice_is_refused(copy):
 def test_best_of_each_p_is_what_the_controls_are_matched_to(copy):
     files = SearchFiles(copy)
     scores = {p: max(c["score"] for c in files.scored if c["p"] == p) for p in RATIOS}
-    assert [c["score"] for c in files.best] == [scores[p] for p in RATIOS]
-    other = next(c for c in files.scored if c["p"] == 0.3 and c["score"] != scores[0.3])
-    change(copy, controls=[{**files.controls[0], "p": 0.3, "candidate_id": other["candidate_id"]}])
-    assert SearchFiles(copy).best[1]["candidate_id"] == other["candidate_id"]
+    assert files.pick["p"] == 0.3 and files.best[1]["candidate_id"] == files.pick_id
+    assert files.best[1]["score"] < scores[0.3], "the record shows nothing if the picked mask has the best score"
+    change(copy, controls=[])
+    assert [c["score"] for c in SearchFiles(copy).best] == [scores[p] for p in RATIOS]
+
+
+def random_controls(files, *, mitigation, half, draws=2):
+    """Matched random masks whose mitigation is that of each best mask plus `mitigation`, +- `half`."""
+    names = {c["candidate_id"]: c for c in files.best}
+    own = [c for c in files.controls if c["defence"] == "random-matched"]
+    values = [names[c["candidate_id"]]["mitigation"] + mitigation for c in own]
+    return [
+        {**c, "draws": draws, "mitigation": v, "mitigation_ci": [v - half, v + half]}
+        for c, v in zip(own, values, strict=True)
+    ]
+
+
+def test_a_difference_from_random_masks_is_claimed_only_where_intervals_are_apart(copy):
+    files = SearchFiles(copy)
+    ps = listing(list(RATIOS))
+    for mitigation, half, words in (
+        (-0.3, 0.01, f"blocks more at p = {ps}"),
+        (0.3, 0.01, f"blocks less at p = {ps}"),
+        (-0.3, 0.6, "not shown to block more or less"),
+        (0.0, 0.001, "not shown to block more or less"),
+    ):
+        change(copy, controls=random_controls(files, mitigation=mitigation, half=half))
+        title = against_p(SearchFiles(copy))
+        assert words in title and "2 draws" in title
+    mixed = random_controls(files, mitigation=-0.3, half=0.01, draws=1)
+    mixed[1] = {**mixed[1], "mitigation_ci": [-1.0, 1.0]}
+    mixed[2] = {**mixed[2], "mitigation_ci": None}
+    change(copy, controls=mixed)
+    title = against_p(SearchFiles(copy))
+    assert "blocks more at p = 0.1 and 0.7, and no difference is shown at p = 0.3 and 0.5" in title
+    assert "(1 draw at" in title
 
 
 def test_titles_follow_the_numbers(copy):
     files = SearchFiles(copy)
-    assert "at every p compared" in against_p(files) and "no control beyond the front" in pareto(files)
+    assert "no control beyond the front" in pareto(files)
     assert settings_that_matter(files).startswith("p moves the score most")
     controls = [{**c, "mitigation": 0.99, "legal_impact_ci": [-1.0, -0.9]} for c in files.controls]
     change(copy, controls=controls)
     files = SearchFiles(copy)
-    assert "share at no p" in against_p(files) and f"{len(controls)} controls beyond the front" in pareto(files)
+    assert f"{len(controls)} controls beyond the front" in pareto(files)
     budget_kept = {c["p"] for c in files.scored if c["legal_impact_ci"][1] <= files.budget}
     assert f"can be kept at p = {listing(sorted(budget_kept))};" in against_p(files)
 
 
-@pytest.mark.parametrize(
-    ("calibration", "words"),
-    [
-        ({"n": 6, "correlation": {"0.5": 0.8, "1.0": 0.9}, "pruning": True, "fidelities": [0.5, 1.0]}, "0.5 and 1"),
-        ({"n": 6, "correlation": {"0.5": 0.2, "1.0": None}, "pruning": False, "fidelities": []}, "pruning was off"),
-        ({"n": 2, "correlation": {"0.5": None}, "pruning": False, "fidelities": []}, "could not be compared"),
-        (None, "could not be compared"),
-    ],
-)
-def test_title_of_the_proxy(calibration, words):
-    assert words in proxy({"threshold": 0.5, "calibration": calibration})
+def test_what_the_intervals_are_conditional_on_is_printed(search_dir, page):
+    search = json.loads((search_dir / "search.json").read_text())
+    assert search["notes"] and all(f"<li>{html.escape(note)}</li>" in page for note in search["notes"])
+    assert f"Smallest resolvable legal impact: {search['resolvable_legal_impact']:.3f}" in page
+    assert "over adaptation seeds, classes and pictures" not in page
+
+
+def test_the_mean_over_mask_seeds_is_not_sold_as_the_released_mask(search_dir, page):
+    choice = json.loads((search_dir / "choice.json").read_text())
+    own, mean = choice["outcome"]["mitigation"], choice["outcome_over_seeds"]["mitigation"]
+    assert own != mean and f"<b>{own:.3f}</b>" in page and f"<b>{mean:.3f}</b>" not in page
+    assert "Mean over masks of seeds 0, 1" in page and "This compares the mean over masks of seeds 0 and 1." in page
+
+
+def test_candidate_that_lost_a_class_is_listed_but_not_compared(copy):
+    files = SearchFiles(copy)
+    lost = max(files.scored, key=lambda c: c["score"])["candidate_id"]
+    trials = json.loads((copy / "search.json").read_text())["trials"]
+    for candidate in (c for trial in trials for c in trial["candidates"]):
+        if candidate["candidate_id"] == lost:
+            candidate["incomplete"] = ["OpenMoji", "Fluent 3D"]
+    change(copy, trials=trials)
+    again = SearchFiles(copy)
+    assert {c["candidate_id"] for c in files.scored} - {c["candidate_id"] for c in again.scored} == {lost}
+    assert lost not in {c["candidate_id"] for c in again.best}
+    page = built(copy)
+    assert "no result for OpenMoji, Fluent 3D" in page and "was not considered for the choice" in page
+    assert page.count('<td class="text">incomplete') == 1
+
+
+def with_proxy(copy, scheduler="asha", **values):
+    """search.json with another record of the proxy."""
+    before = json.loads((copy / "search.json").read_text())["proxy"]
+    change(copy, scheduler=scheduler, proxy=before | values)
+    return SearchFiles(copy)
+
+
+def decision(trial, scored, correlation, *, pruning=False, stopped=False):
+    about = {"trial_id": trial, "fidelity": 0.5, "scored": scored, "correlation": correlation}
+    return {**about, "pruning": pruning, "stopped": stopped}
+
+
+def rhos(*scores, mitigation=0.9, legal_impact=None):
+    parts = {"mitigation": mitigation, "legal_impact": legal_impact}
+    return {str(index): {"score": score, **parts} for index, score in enumerate(scores)}
+
+
+def test_pruning_is_told_from_what_the_scheduler_did(copy):
+    early, weak = decision("a", 2, None), decision("b", 6, 0.1)
+    free, stop = decision("c", 7, 0.8, pruning=True), decision("d", 8, 0.8, pruning=True, stopped=True)
+    never = pruning(with_proxy(copy, decisions=[early, weak, weak]))
+    assert never.startswith("A trial could be stopped at 0 of the 3 rungs") and never.endswith("nothing was pruned")
+    assert "at 1 fewer than 6 trials" in never and "at 2 the rank correlation by then was unknown or below 0.5" in never
+    kept = pruning(with_proxy(copy, decisions=[early, free]))
+    assert "at 1 of the 2 rungs" in kept and kept.endswith("no trial was stopped") and "below" not in kept
+    assert pruning(with_proxy(copy, decisions=[free, stop])).endswith(
+        "at 2 of the 2 rungs that trials reached; stopped: d"
+    )
+    assert "No trial reached a rung" in pruning(with_proxy(copy, decisions=[]))
+    assert "Nothing is pruned by choice" in pruning(with_proxy(copy, scheduler="fifo", decisions=[]))
+
+
+def test_pruning_of_the_whole_record_is_on_the_page(search_dir, page):
+    assert f"<p>{pruning(SearchFiles(search_dir))}.</p>" in page and "stopped: p0.5-T0.1-L5" in page
+
+
+def test_correlation_below_the_threshold_is_said_with_its_number(copy):
+    assert "-0.80 to 0.20, below the threshold of 0.5" in proxy(with_proxy(copy, correlation=rhos(-0.8, 0.2, None)))
+    assert "0.20 to 0.90, at some fidelities below" in proxy(with_proxy(copy, correlation=rhos(0.2, 0.9)))
+    assert "is 0.50, not below the threshold of 0.5" in proxy(with_proxy(copy, correlation=rhos(0.5)))
+    assert "could not be compared" in proxy(with_proxy(copy, correlation=rhos(None)))
+    assert "could not be compared" in proxy(with_proxy(copy, correlation={}))
+
+
+def test_parts_may_rank_well_where_the_score_does_not(copy):
+    with_proxy(copy, correlation=rhos(-0.8, mitigation=0.93))
+    page = built(copy)
+    assert "is -0.80, below the threshold" in page and "mitigation 0.93, legal impact unknown" in page
+
+
+def test_scores_that_could_not_be_calibrated_leave_the_parts(copy):
+    trials = json.loads((copy / "search.json").read_text())["trials"]
+    for entry in (e for trial in trials for c in trial["candidates"] for e in c["proxy"]):
+        entry["score"] = None
+    change(copy, trials=trials)
+    with_proxy(copy, scheduler="fifo", correlation=rhos(None, mitigation=0.93), decisions=[])
+    page = built(copy)
+    assert "could not be compared with the final score" in page and "mitigation 0.93" in page
+    assert "Nothing is pruned by choice" in page
 
 
 def tensors(*frozen):

@@ -9,7 +9,7 @@ from raygard.search.choice import choose, with_outcome
 from raygard.search.tables import domains_markdown, domains_table, format_trials, trials_csv
 
 COLUMNS = (
-    "domain,trial_id,candidate_id,phase,status,p,T,L,K,rule,illegal_weight,legal_weight,freeze_ratio,param_share,"
+    "domain,trial_id,candidate_id,phase,status,incomplete,p,T,L,K,rule,illegal_weight,legal_weight,freeze_ratio,param_share,"
     "proxy_0.25_score,proxy_0.25_mitigation,proxy_0.25_legal_impact,"
     "proxy_1.0_score,proxy_1.0_mitigation,proxy_1.0_legal_impact,"
     "mitigation,mitigation_low,mitigation_high,legal_impact,legal_impact_low,legal_impact_high,score,"
@@ -17,7 +17,7 @@ COLUMNS = (
 )
 
 
-def trial(p, mitigation, upper, *, T=0.2, L=5, status="scored", fidelities=(0.25, 1.0), **point):
+def trial(p, mitigation, upper, *, T=0.2, L=5, status="scored", fidelities=(0.25, 1.0), incomplete=(), **point):
     name = f"p{p}-T{T}-L{L}"
     settings = {"K": 30, "rule": "budget", "illegal_weight": 1.0, "legal_weight": 1.0, **point}
     scored = status == "scored"
@@ -39,6 +39,7 @@ def trial(p, mitigation, upper, *, T=0.2, L=5, status="scored", fidelities=(0.25
         "mitigation_ci": [mitigation - 0.05, mitigation + 0.05] if scored else None,
         "legal_impact": upper - 0.02 if scored else None,
         "legal_impact_ci": [upper - 0.04, upper] if scored else None,
+        "incomplete": list(incomplete),
         "relative_illegal": 0.5,
         "relative_legal": 0.1,
         "score": mitigation if scored else None,
@@ -77,9 +78,10 @@ def searched(trials, domain="styles", budget=0.05):
     )
 
 
-def scored(search, choice):
-    entry = {"defence": "freeze", "mitigation": 0.25, "mitigation_ci": [0.1, 0.4], "legal_impact": 0.011}
-    return search, with_outcome(choice, {"summary": [{**entry, "legal_impact_ci": [-0.01, 0.03]}]})
+def scored(search, choice, mask_seeds=()):
+    own = {"mitigation": 0.25, "mitigation_ci": [0.1, 0.4], "legal_impact": 0.011, "legal_impact_ci": [-0.01, 0.03]}
+    mean = {**own, "mitigation": 0.177, "mask_seeds": mask_seeds} if mask_seeds else None
+    return search, with_outcome(choice, own, mean)
 
 
 def rows_of(search):
@@ -161,6 +163,16 @@ def test_text_marks_each_candidate_and_ends_with_the_statement():
     assert lines[7:] == ["p0.7-T0.2-L5 failed: worker died", choice["statement"]]
 
 
+def test_candidate_that_lost_a_class_is_listed_as_incomplete_with_the_class():
+    search, choice = searched([*TRIALS, trial(0.3, 0.9, 0.0, T=0.1, incomplete=("stripes", "checks"))])
+    assert choice["chosen"]["candidate_id"] == "p0.3-T1.0-L5"
+    lines = format_trials(search, choice).splitlines()
+    assert [line.split()[-1] == "incomplete" for line in lines[2:8]] == [False, True, False, False, False, False]
+    assert "p0.3-T0.1-L5 incomplete: no result for stripes, checks" in lines[8:]
+    cells = {row["trial_id"]: row["incomplete"] for row in rows_of(search)}
+    assert cells.pop("p0.3-T0.1-L5") == "stripes; checks" and set(cells.values()) == {""}
+
+
 def test_text_marks_the_nearest_where_none_meets_the_budget():
     search, choice = searched(TRIALS, budget=0.01)
     lines = format_trials(search, choice).splitlines()[2:7]
@@ -190,7 +202,15 @@ def test_domains_in_markdown_are_the_same_cells():
     lines = domains_markdown(rows).splitlines()
     assert {line.replace(r"\|", "").count("|") for line in lines[:4]} == {7}
     assert lines[3].startswith(r"| a\|b | none (nearest: 0.3) | 1 | 5 | 0.250 [0.100, 0.400] |")
-    assert lines[5] == domains_table(rows).splitlines()[4]
+    assert lines[4:] == ["", domains_table(rows).splitlines()[4]]
+
+
+def test_domains_show_the_released_mask_and_name_the_mean_over_seeds_below():
+    alone, several = scored(*searched(TRIALS)), scored(*searched(TRIALS, domain="other"), mask_seeds=(0, 3))
+    lines = domains_table([alone, several]).splitlines()
+    assert all("0.250 [0.100, 0.400]" in line and "0.177" not in line for line in lines[2:4])
+    assert len(lines) == 5 and lines[4].startswith("other: ") and "seeds 0, 3" in lines[4] and "0.177" in lines[4]
+    assert domains_markdown([alone, several]).splitlines()[-1] == lines[4]
 
 
 def test_domain_not_yet_scored_on_the_user_half_shows_no_publisher_numbers():
