@@ -6,9 +6,9 @@ Two real searches on the bundled model, in one Ray cluster: the full grid (every
 nothing pruned), and mode `one_ranking` (one learning run for all p) at the same T and L.
 
 1. *Pruning.* The scheduler that ships (`CalibratedASHA`) is fed the reports of the full grid in the order in which
-   its trials ended, so that its decisions are those it would have taken; a trial it stops costs its learning and the
-   share of its adaptation up to that rung. Reported: CPU-seconds against the full grid's, and whether the choice is
-   the same.
+   its trials ended, so that its decisions are those it would have taken; a trial it stops costs its learning and its
+   users' adaptation up to that rung, since users adapt rung by rung. Reported: CPU-seconds against the full grid's,
+   and whether the choice is the same.
 2. *One ranking.* For each p: mitigation and legal impact of the mask read off the shared ranking, less those of the
    mask learned for this p, with both intervals; and the CPU-seconds of learning.
 
@@ -23,15 +23,16 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from raygard.cluster.search import CalibratedASHA
 from raygard.cluster.session import ray_session
-from raygard.cluster.trial import rung_times
-from raygard.config import RunConfig, load_config
+from raygard.cluster.trial import rung_times, shares
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.progress import Progress
 from raygard.search.choice import choose, measure
+from raygard.search.proxy import Evidence
 from raygard.search_flow import SearchFlow
 
 CONFIG = Path(__file__).parent.parent / "jobs" / "configs" / "search.yaml"
@@ -70,24 +71,24 @@ def cpu_seconds(trial: Content, config: RunConfig, share: float = 1.0, *, scored
 
 def replay(config: RunConfig, summary: Content) -> dict[str, Any]:
     """What the shipped scheduler would have stopped, and what that would have saved."""
-    s, times = config.search, rung_times(config)
-    scheduler = CalibratedASHA(times, s.reduction_factor, s.calibration_trials, s.min_proxy_correlation)
-    trials = sorted(summary["trials"], key=lambda trial: trial["finished"])
+    s, rungs = config.search, {share: rung for rung, share in shares(config).items()}
+    scheduler = CalibratedASHA(rung_times(config), s.reduction_factor, s.calibration_trials, s.min_proxy_correlation)
+    evidence = Evidence(config.domain.legal_budget, s.legal_penalty)
     spent, survivors, stopped = 0.0, [], []
+    trials = sorted(summary["trials"], key=lambda trial: trial["finished"])
     for trial in trials:
-        handle, entries = SimpleNamespace(trial_id=trial["trial_id"]), trial["candidates"][0]["proxy"]
-        scheduler.on_trial_add(None, handle)
+        name, (candidate,) = trial["trial_id"], trial["candidates"]
         share, scored = 1.0, True
-        for time, entry in zip(times[:-1], entries, strict=True):
-            report = {"fidelity": time, "scored": 0, "proxy": entry["score"]}
-            if scheduler.on_trial_result(None, handle, report) == scheduler.STOP:
+        for entry in candidate["proxy"]:
+            rung = rungs[entry["fidelity"]]
+            evidence.proxies.setdefault(name, {})[rung] = [(entry["mitigation"], entry["legal_impact"])]
+            if scheduler.decide(evidence, name, rung)["stopped"]:
                 share, scored = entry["fidelity"], False
-                stopped.append({"trial_id": trial["trial_id"], "fidelity": share})
+                stopped.append({"trial_id": name, "fidelity": share})
                 break
         else:
-            survivors += trial["candidates"]
-            score = trial["candidates"][0]["score"]
-            scheduler.on_trial_result(None, handle, {"fidelity": times[-1], "scored": 1, "score": score})
+            survivors.append(candidate)
+            evidence.finals[name] = [(candidate["mitigation"], candidate["legal_impact"])]
         # A trial stopped at the last rung has adapted to the end, but is neither drawn nor scored.
         spent += cpu_seconds(trial, config, share, scored=scored)
     full = sum(cpu_seconds(trial, config) for trial in trials)
@@ -99,7 +100,7 @@ def replay(config: RunConfig, summary: Content) -> dict[str, Any]:
         "full_cpu_seconds": round(full, 1),
         "pruned_cpu_seconds": round(spent, 1),
         "saved": round(1 - spent / full, 4),
-        "rank_correlation": summary["proxy"]["all"]["correlation"],
+        "rank_correlation": summary["proxy"]["correlation"],
         "threshold": s.min_proxy_correlation,
         "choice_full": picks[0],
         "choice_pruned": picks[1],
@@ -153,7 +154,7 @@ def show(results: Content) -> str:
     """The two comparisons as text."""
     pruning, ranking = results["pruning"], results["one_ranking"]
     known = pruning["rank_correlation"].items()
-    rho = ", ".join(f"{key}: {'-' if value is None else f'{value:.2f}'}" for key, value in known)
+    rho = ", ".join(f"{key}: {'-' if rhos['score'] is None else format(rhos['score'], '.2f')}" for key, rhos in known)
     costs = ranking["learn_cpu_seconds_shared"], ranking["learn_cpu_seconds_separate"]
     heads = "".join(
         f"  {text:>24}" for text in ("mitigation, own run", "one ranking", "legal impact, own run", "one ranking")

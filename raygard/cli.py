@@ -57,7 +57,7 @@ def _config(
     workers: int | None = None,
     zero_stage: int | None = None,
 ) -> Any:
-    from raygard.config import load_config
+    from raygard.config_file import load_config
 
     options = {
         "model.pretrained_model_name_or_path": model,
@@ -70,8 +70,9 @@ def _config(
 
 
 @contextmanager
-def _flow(config: Any, out: Path, quiet: bool) -> Iterator[Any]:
+def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True) -> Iterator[Any]:
     """A flow on a cluster that can run it; the cluster is left again at the end."""
+    from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources
     from raygard.flow import Flow
     from raygard.progress import Progress
@@ -81,6 +82,8 @@ def _flow(config: Any, out: Path, quiet: bool) -> Iterator[Any]:
         def connect() -> None:
             stack.enter_context(ray_session())
             require_resources(config.engine)
+            if evaluates:
+                require_evaluation(config.evaluation)
 
         yield Flow(config, out, Progress(quiet=quiet), connect)
 
@@ -104,7 +107,7 @@ def demo(out: OutOption = Path("runs/demo"), overrides: OverridesArgument = None
     Relearns, learns a mask with two Ray Train workers under DeepSpeed ZeRO-2, lets simulated users adapt to every
     class under no, random and learned masks, scores, and writes a report.
     """
-    from raygard.config import load_config
+    from raygard.config_file import load_config
 
     _run(load_config(demo_config(), overrides or []), out, quiet)
 
@@ -148,20 +151,27 @@ def search(
     Ray Tune runs the trials on the publisher half; the chosen mask is then scored once on the user half. A search
     that was cut off goes on when the same command is given again.
     """
+    import ray
+
+    from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources, require_state_api
     from raygard.progress import Progress
+    from raygard.search.space import concurrent_trials
     from raygard.search.tables import domains_table, format_trials
     from raygard.search_flow import SearchFlow, search_folders, write_domains
 
     files: list[Path | None] = [*config] if config else [None]
     configs = [_config(path, overrides, model, data, workers, zero_stage) for path in files]
     folders = search_folders(configs, out)
-    done = []
+    done: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    failed: list[str] = []
     with ExitStack() as stack:
 
         def connect(run_config: Any) -> None:
             stack.enter_context(ray_session(state_api=True))
             require_resources(run_config.engine)
+            require_evaluation(run_config.evaluation)
+            concurrent_trials(run_config, ray.cluster_resources())
             require_state_api()
 
         # All are checked before the first one starts: a mistake in the last would otherwise show up hours later.
@@ -170,13 +180,22 @@ def search(
             for each, folder in zip(configs, folders, strict=True)
         ]
         for flow in flows:
-            choice = flow.run()
+            try:
+                choice = flow.run()
+            except RaygardError as error:
+                # One domain that cannot be searched is no reason to give up the others.
+                if len(flows) == 1:
+                    raise
+                failed.append(f"{flow.config.domain.name}: {error}")
+                continue
             print(format_trials(flow.summary, choice))
             print(f"\nreport   {flow.dir / 'report.html'}\nchoice   {flow.dir / 'choice.json'}\n")
             done.append((flow.summary, choice))
-    if len(done) > 1:
+    if len(flows) > 1 and done:
         write_domains(out, done)
         print(domains_table(done))
+    if failed:
+        raise RaygardError("; ".join(failed))
 
 
 @app.command()
@@ -193,7 +212,7 @@ def learn(
 ) -> None:
     """Learn a freeze mask and save it as OUT/mask."""
     run_config = _config(config, overrides, model, data, workers, zero_stage)
-    with _flow(run_config, out, quiet) as flow, flow.parent:
+    with _flow(run_config, out, quiet, evaluates=False) as flow, flow.parent:
         mask = flow.learn_all()[0]
     facts = {
         "mask": str(flow.dir / "mask"),
@@ -300,7 +319,7 @@ def audit(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+def report(run_dir: Annotated[Path, typer.Argument(help="A run or search directory.")]) -> None:
     """Write RUN_DIR/report.html anew from what is there."""
     from raygard.report import build_report
 
@@ -327,7 +346,7 @@ def config(
     """Print the resolved configuration as YAML, or the reference of all keys."""
     import yaml
 
-    from raygard.config import reference_markdown
+    from raygard.config_file import reference_markdown
 
     if reference:
         print(reference_markdown(), end="")

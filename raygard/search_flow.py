@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from raygard.config import RunConfig, config_hash, describe_error
+from raygard.config import RunConfig, config_hash
+from raygard.config_file import describe_error
 from raygard.defences import save_controls
 from raygard.errors import RaygardError
 from raygard.files import write_text
-from raygard.flow import YARDSTICKS, Flow
+from raygard.flow import YARDSTICKS, Flow, refuse_if_unmeasurable
 from raygard.mask import FreezeMask
 from raygard.outcome import LEARNED, build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
-from raygard.search.choice import choose, with_outcome
-from raygard.search.proxy import calibrate, measured
+from raygard.search.choice import best_by_ratio, choose, with_outcome
+from raygard.search.proxy import Evidence, with_predictions
+from raygard.search.proxy import summary as proxy_summary
 from raygard.search.space import Point, grid, milestones, num_trials, trial_config
 from raygard.search.tables import domains_markdown, trials_csv
 from raygard.search_tracking import SearchTracking
-from raygard.store import content_key
+from raygard.store import Store, content_key
 
 log = logging.getLogger("raygard")
 
@@ -56,6 +60,11 @@ class SearchFlow:
             raise RaygardError("a search needs illegal and legal classes: the choice weighs one against the other")
         if LEARNED not in config.evaluation.defences:
             raise RaygardError(f"evaluation.defences must contain '{LEARNED}': it is the mask the search is about")
+        for point, other in pairwise(sorted(grid(config), key=lambda point: point.trial_id)):
+            if point.trial_id == other.trial_id:
+                raise RaygardError(
+                    f"two points of the search are called {point.trial_id}; values need 6 digits to differ"
+                )
         for point in grid(config):
             try:
                 trial_config(config, point)
@@ -65,7 +74,7 @@ class SearchFlow:
         self.flow = Flow(config, out, progress, connect)
         self.dir = self.flow.dir
         self.progress = self.flow.progress
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = dict(self.dir.info.get("search_seconds", {}))
         self.tracking = SearchTracking(self.flow)
         self.summary: dict[str, Any] = {}
 
@@ -73,16 +82,15 @@ class SearchFlow:
         """The whole search; returns choice.json's content."""
         from raygard.cluster.evaluation import EvaluationPool
 
-        started, begun = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
+        started, begun = self.dir.info["started"], time.monotonic()
         with self.flow.parent, EvaluationPool.start(self.config) as pool:
             relearned = self._timed("relearn", self.flow.relearn)
             folder = self.dir / "select"
             inputs = self.flow.evaluation_inputs(folder, milestones(self.config))
             reference = self._timed("reference", self._reference, inputs, pool)
-            records = self._timed("trials", self._trials, inputs, pool, relearned, reference)
-            candidates = [entry for record in records for entry in record["candidates"]]
-            controls = self._timed("controls", self._controls, inputs, pool, reference, candidates)
-            search = self._summary(records, controls, reference, started)
+            records, decisions = self._timed("trials", self._trials, inputs, pool, relearned, reference)
+            search = self._summary(records, decisions, reference, started)
+            candidates = [entry for record in search["trials"] for entry in record["candidates"]]
             choice = choose(
                 candidates,
                 domain=self.config.domain.name,
@@ -90,12 +98,16 @@ class SearchFlow:
                 legal_penalty=self.config.search.legal_penalty,
                 config_hash=config_hash(self.config),
                 seed=self.config.seed,
+                notes=search["notes"],
+                resolvable_legal_impact=search["resolvable_legal_impact"],
             )
+            matched = best_by_ratio(candidates) | {pick_of(choice)["p"]: pick_of(choice)}
+            search["controls"] = self._timed("controls", self._controls, inputs, pool, reference, matched)
             self._write(search, choice)
             self._copy_mask(choice)
-            outcome, agreement = self._timed("final", self._final, choice, pool)
-            choice = with_outcome(choice, outcome)
-            self.seconds["total"] = round(time.monotonic() - begun, 2)
+            released, over_seeds, agreement = self._timed("final", self._final, choice, pool)
+            choice = with_outcome(choice, released, over_seeds)
+            self._add_seconds("total", time.monotonic() - begun)
             search = {**search, "agreement": agreement, "seconds": self.seconds}
             search["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self._write(search, choice)
@@ -119,9 +131,12 @@ class SearchFlow:
         ]
         with self.progress.bar("users without a mask", len(jobs)) as bar:
             results = run_jobs(jobs, inputs, pool, on_result=lambda result: bar.advance(1, result["class"]))
-        failed = next((result for result in results if result.get("failed")), None)
-        if failed is not None:
-            raise RaygardError(f"{failed['job_id']}: {failed['reason']} (nothing can be measured without it)")
+        failures: list[dict[str, Any]] = []
+        for failure in (result for result in results if result.get("failed")):
+            failures.append(failure)
+            refuse_if_unmeasurable(jobs, failures)
+            log.warning("%s failed and is left out: %s", failure["job_id"], failure["reason"])
+        results = [result for result in results if not result.get("failed")]
         self._refuse_if_nothing_counts(build_outcome(results, self.config, {})["classes"])
         self.tracking.reference(results)
         return results
@@ -136,12 +151,16 @@ class SearchFlow:
                     f"({gaps}); raise adapt.max_train_steps, adapt.learning_rate or generation.num_images"
                 )
 
-    def _trials(self, inputs: Any, pool: Any, relearned: Path, reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _trials(
+        self, inputs: Any, pool: Any, relearned: Path, reference: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Records of all trials, and the decisions on pruning."""
         from raygard.cluster.search import run_trials
         from raygard.cluster.trial import PROGRESS, TRIAL, TrialInputs, read_record
 
         trials = self.dir / "trials"
-        decisive = [config_hash(self.config), self.flow.model_hash, self.flow.learn_cache.name, inputs.cache]
+        caches = [self.flow.learn_cache.name, Path(inputs.cache).name]
+        decisive = [config_hash(self.config), self.flow.model_hash, *caches]
         shared = TrialInputs(
             config=self.config.model_dump(mode="json"),
             key=content_key({"decisive": decisive}),
@@ -176,7 +195,9 @@ class SearchFlow:
                         log.warning("trial %s failed: %s", trial_id, record["reason"])
                 self.tracking.trial(record)
 
-            run_trials(self.config, shared, self.dir.path, listen)
+            decisions = run_trials(self.config, shared, self.dir.path, listen)
+        # The users of pruned trials wait in vain.
+        Store(Path(inputs.store)).drop_paused()
         records = [read_record(trials / point.trial_id / TRIAL) for point in grid(self.config)]
         known = [record for record in records if record is not None and record["key"] == shared.key]
         if len(known) < num_trials(self.config):
@@ -187,19 +208,23 @@ class SearchFlow:
             self.tracking.trial(record)
         scored = sorted((r for r in known if r["status"] == "scored"), key=lambda r: r["finished"])
         first = {record["trial_id"] for record in scored[: self.config.search.calibration_trials]}
-        return [{**record, "phase": "calibration" if record["trial_id"] in first else "search"} for record in known]
+        known = [{**record, "phase": "calibration" if record["trial_id"] in first else "search"} for record in known]
+        return known, decisions
 
     def _controls(
-        self, inputs: Any, pool: Any, reference: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]]
+        self,
+        inputs: Any,
+        pool: Any,
+        reference: Sequence[dict[str, Any]],
+        matched: Mapping[float, Mapping[str, Any]],
     ) -> list[dict[str, Any]]:
-        """Users under control masks, each matched to the best scored mask of one p."""
+        """Users under control masks, for each p matched to one candidate's mask."""
         from raygard.cluster.evaluation import EvaluationJob, run_jobs
 
         names, config = self.config.search.controls, self.config
-        best = best_by_ratio(candidates)
         owners: list[tuple[float, str]] = []
         jobs = []
-        for ratio, candidate in best.items():
+        for ratio, candidate in sorted(matched.items()):
             learned = FreezeMask.load(self.dir / candidate["mask"])
             paths = save_controls(config, learned, self.dir / "controls" / f"p{ratio:g}", names)
             for (name, draw), path in paths.items():
@@ -214,7 +239,7 @@ class SearchFlow:
             plain = replace(inputs, milestones=())
             results = run_jobs(jobs, plain, pool, on_result=lambda result: bar.advance(1, result["defence"]))
         found = []
-        for ratio, candidate in best.items():
+        for ratio, candidate in sorted(matched.items()):
             for name in names:
                 own = [r for r, owner in zip(results, owners, strict=True) if owner == (ratio, name)]
                 done = [{**r, "mask_seed": 0} for r in own if not r.get("failed")]
@@ -225,12 +250,18 @@ class SearchFlow:
                 outcome = build_outcome([*reference, *done], config, {})
                 entry = next(row for row in outcome["summary"] if row["defence"] == name)
                 values = {field: entry[field] for field in CONTROL_FIELDS}
-                found.append({"p": ratio, "defence": name, "candidate_id": candidate["candidate_id"], **values})
+                values |= {"candidate_id": candidate["candidate_id"], "draws": len({r["draw"] for r in done})}
+                found.append({"p": ratio, "defence": name, **values})
         return found
 
-    def _final(self, choice: Mapping[str, Any], pool: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Score the picked mask, and masks of the other seeds at the same point, on the user half. Done once."""
-        pick = choice["chosen"] or choice["nearest"]
+    def _final(
+        self, choice: Mapping[str, Any], pool: Any
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
+        """Score the picked mask, and masks of the other seeds at the same point, on the user half. Done once.
+
+        Returns the picked mask's own numbers, those over all seeds (None for one), and how far the seeds agree.
+        """
+        pick, seeds = pick_of(choice), list(self.config.evaluation.mask_seeds)
         point = next(point for point in grid(self.config) if point.trial_id == pick["trial_id"])
         config = trial_config(self.config, point)
         mask = config.mask.model_copy(update={"freeze_ratio": pick["p"]})
@@ -243,29 +274,35 @@ class SearchFlow:
         )
         with final.parent:
             first = FreezeMask.load(self.dir / pick["mask"])
-            masks = [first, *(final.learn(seed) for seed in config.evaluation.mask_seeds[1:])]
+            masks = [first, *(final.learn(seed) for seed in seeds[1:])]
             final.release(masks)
             outcome = final.evaluate(masks, pool)
             final.report()
+        over_seeds = learned_entry(outcome)
+        if len(seeds) == 1:
+            return over_seeds, None, []
+        own = [result for result in final.results if result["defence"] != LEARNED or result["mask_seed"] == seeds[0]]
+        alone = config.evaluation.model_copy(update={"half": "user", "mask_seeds": (seeds[0],)})
+        released = learned_entry(build_outcome(own, final.config.model_copy(update={"evaluation": alone}), {}))
         facts = final.dir.info["mask"]
-        agreement = {"p": pick["p"], "seeds": list(config.evaluation.mask_seeds)}
-        if "seed_agreement" not in facts:
-            return outcome, []
-        return outcome, [{**agreement, **{key: facts[key] for key in ("seed_agreement", "seed_agreement_chance")}}]
+        names = ("seed_agreement", "seed_agreement_chance")
+        agreement = {"p": pick["p"], "seeds": seeds, **{name: facts[name] for name in names}}
+        return released, {**over_seeds, "mask_seeds": seeds}, [agreement]
 
     # Files
 
     def _summary(
         self,
         records: Sequence[dict[str, Any]],
-        controls: list[dict[str, Any]],
+        decisions: list[dict[str, Any]],
         reference: Sequence[dict[str, Any]],
         started: str,
     ) -> dict[str, Any]:
         config = self.config
-        candidates = [entry for record in records for entry in record["candidates"]]
-        first = [entry for record in records if record["phase"] == "calibration" for entry in record["candidates"]]
-        threshold = config.search.min_proxy_correlation
+        evidence = Evidence(config.domain.legal_budget, config.search.legal_penalty)
+        for record in records:
+            evidence.add_record(record)
+        shares = [step / config.adapt.max_train_steps for step in milestones(config)]
         return {
             "schema_version": SCHEMA_VERSION,
             "domain": config.domain.name,
@@ -277,19 +314,28 @@ class SearchFlow:
             "scheduler": config.search.scheduler,
             "seed": config.seed,
             "relearn_runs": self.flow.relearn_runs,
-            "trials": [{k: v for k, v in record.items() if k != "jobs"} for record in records],
-            "controls": controls,
+            "trials": [{k: v for k, v in r.items() if k != "jobs"} for r in with_predictions(records, evidence)],
+            "controls": [],
             "proxy": {
-                "threshold": threshold,
-                "calibration": calibrate(first, threshold=threshold),
-                "all": measured(candidates),
+                "threshold": config.search.min_proxy_correlation,
+                "calibration_trials": config.search.calibration_trials,
+                "decisions": decisions,
+                **proxy_summary(evidence, shares),
             },
             "classes": build_outcome(list(reference), config, {})["classes"],
+            **self._conditions(records, reference),
             "agreement": [],
             "seconds": self.seconds,
             "started": started,
             "finished": None,
         }
+
+    def _conditions(self, records: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the intervals of the publisher half are conditional on: the same for every candidate of a search."""
+        scored = [record for record in records if record["status"] == "scored"][:1]
+        own = [result for record in scored for result in record["jobs"] if result["draw"] == 0]
+        outcome = build_outcome([*reference, *own], self.config, {})
+        return {name: outcome[name] for name in ("notes", "resolvable_legal_impact")}
 
     def _write(self, search: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         write_text(self.dir / "search.json", json.dumps(search, indent=1) + "\n")
@@ -305,8 +351,23 @@ class SearchFlow:
     def _timed(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         started = time.monotonic()
         result = work(*args)
-        self.seconds[name] = round(time.monotonic() - started, 2)
+        self._add_seconds(name, time.monotonic() - started)
         return result
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        # A search that is resumed has cost what its earlier attempts took as well.
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
+        self.dir.note(search_seconds=self.seconds)
+
+
+def pick_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The chosen candidate or, where none meets the budget, the nearest."""
+    return choice["chosen"] or choice["nearest"]
+
+
+def learned_entry(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The learned mask's row of an outcome's summary."""
+    return next(row for row in outcome["summary"] if row["defence"] == LEARNED)
 
 
 def search_folders(configs: Sequence[RunConfig], out: Path) -> list[Path]:
@@ -314,15 +375,14 @@ def search_folders(configs: Sequence[RunConfig], out: Path) -> list[Path]:
 
     Raises RaygardError if two domains have the same name.
     """
-    if len(configs) == 1:
-        return [out]
     names = [config.domain.name for config in configs]
     for name in names:
         if names.count(name) > 1:
             raise RaygardError(f"two domains are called '{name}'; give each its own domain.name")
-        if Path(name).name != name or name.startswith("."):
+        # MLflow's registry refuses the same names, hours later.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. -]*", name):
             raise RaygardError(f"domain.name '{name}' cannot name a folder; use letters, digits and dashes")
-    return [out / name for name in names]
+    return [out / name for name in names] if len(configs) > 1 else [out]
 
 
 def write_domains(out: Path, done: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
@@ -330,22 +390,13 @@ def write_domains(out: Path, done: Sequence[tuple[dict[str, Any], dict[str, Any]
     write_text(out / "domains.md", domains_markdown(done))
 
 
-def best_by_ratio(candidates: Sequence[dict[str, Any]]) -> dict[float, dict[str, Any]]:
-    """The scored candidate of highest score for each p, p ascending."""
-    best: dict[float, dict[str, Any]] = {}
-    for candidate in sorted(candidates, key=lambda c: (c["p"], c["candidate_id"])):
-        if candidate["score"] is None:
-            continue
-        if candidate["p"] not in best or candidate["score"] > best[candidate["p"]]["score"]:
-            best[candidate["p"]] = candidate
-    return best
-
-
 def describe(trial_id: str, result: Mapping[str, Any]) -> str:
     """One line for the progress bar."""
     if "fidelity" not in result:
         return f"{trial_id} learning, publisher step {result.get('k', 0)}"
-    return f"{trial_id} {'scored' if result['scored'] else 'adapting'} {result.get('score', float('nan')):.3f}"
+    if not result["scored"]:
+        return f"{trial_id} adapting, rung {result['fidelity']}"
+    return f"{trial_id} scored {result.get('score', float('nan')):.3f}"
 
 
 def _bare_record(config: RunConfig, trial_id: str, key: str) -> dict[str, Any]:

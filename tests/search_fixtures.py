@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,39 @@ def searched(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     output = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, output[-4000:]
     return out, output
+
+
+def check_hierarchy(uri: str, choice: Mapping[str, Any]) -> None:
+    """Assert that an MLflow store holds the search of SETTINGS: nested, named for the compare page, each point once."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = list(client.search_runs(experiments, max_results=500))
+    by_id = {run.info.run_id: run for run in runs}
+    parents = {run.info.run_name: by_id.get(run.data.tags.get("mlflow.parentRunId")) for run in runs}
+    (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = [run for run in runs if run.info.run_name.startswith("p0.")]
+    assert len(trials) == 4
+    for trial in trials:
+        assert by_id[trial.data.tags["mlflow.parentRunId"]] is top and trial.info.status == "FINISHED"
+        # MLflow's compare page shows what was logged first.
+        assert set(trial.data.params) == {"p", "T", "L"} and next(iter(trial.data.metrics)) == "mitigation"
+        assert {"mitigation", "legal_impact", "legal_impact_high", "proxy_score", "score", "seconds_learn"} <= set(
+            trial.data.metrics
+        )
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == trial.info.run_id]
+        (learning,) = [run for run in children if run.info.run_name == "learn"]
+        assert {"publisher_illegal_loss", "soft_mean"} <= set(learning.data.metrics)
+        users = [run for run in children if run is not learning]
+        assert {run.data.params["class"] for run in users} == {"stripes", "checks"}
+        assert all({"distance", "held_out_loss", "loss"} <= set(run.data.metrics) for run in users)
+        for user in users:
+            assert [point.step for point in client.get_metric_history(user.info.run_id, "held_out_loss")] == [8, 16]
+    assert parents["relearn"] is top and parents["final"] is top
+    if choice["meets_budget"]:
+        (version,) = client.search_model_versions("name = 'raygard-mask-patterns'")
+        assert version.tags["raygard.mask_sha256"] == choice["chosen"]["mask_sha256"]
+        assert float(version.tags["raygard.mitigation"]) == pytest.approx(choice["outcome"]["mitigation"])
+    found = client.search_runs(experiments, "params.p = '0.3' and metrics.mitigation > -9")
+    assert len(found) == 2

@@ -26,7 +26,7 @@ from raygard.search.space import Point, candidate_id, candidate_ratios, mileston
 
 TRIAL, PROGRESS = "trial.json", "progress.json"
 SCHEMA_VERSION = 1
-FINISHED = ("scored", "pruned", "failed")
+FINISHED = ("scored", "pruned")
 OUTCOME_FIELDS = (
     "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci", "relative_illegal", "relative_legal"
 )  # fmt: skip
@@ -58,13 +58,19 @@ def rung_times(config: RunConfig) -> list[int]:
     return [config.search.reduction_factor**index for index in range(len(milestones(config)) + 1)]
 
 
+def shares(config: RunConfig) -> dict[int, float]:
+    """Share of the full adaptation at each rung, by ASHA's time of it."""
+    steps = milestones(config)
+    return dict(zip(rung_times(config), (step / config.adapt.max_train_steps for step in steps), strict=False))
+
+
 def read_point(tune_config: Mapping[str, Any]) -> Point:
     """The trial's point: one value of Tune's grid, or Optuna's choice for each dimension."""
     return Point(**tune_config.get("point", tune_config))
 
 
 def run_trial(tune_config: dict[str, Any], inputs: TrialInputs) -> None:
-    """The trainable. Reports {"fidelity", "proxy", "score", "scored"}; writes trial.json last."""
+    """The trainable: reports at each rung and when all is scored, as `Trial.metrics` says; writes trial.json last."""
     from ray import tune
 
     point = read_point(tune_config)
@@ -103,10 +109,10 @@ class Trial:
         candidates = self.learn([TuneReportCallback()])
         jobs = self.jobs(candidates)
 
-        def on_milestone(step: int, losses: Mapping[str, float]) -> None:
+        def on_milestone(step: int, losses: Mapping[str, float], seconds: float) -> None:
             self.add_proxy(candidates, jobs, step, losses)
-            self.write("running", candidates, name=PROGRESS)
-            report(self.metrics(candidates, self.times[self.reported], "proxy"))
+            self.write("running", candidates, adapt_seconds=seconds, name=PROGRESS)
+            report(self.metrics(candidates, self.times[self.reported], scored=False))
             self.reported += 1
 
         results = run_jobs(jobs, self.inputs.evaluation, self.inputs.pool, on_milestone=on_milestone)
@@ -155,6 +161,7 @@ class Trial:
             "freeze_ratio": mask.ratio_by_count,
             "param_share": mask.ratio_by_params,
             "proxy": [],
+            "incomplete": [],
             **dict.fromkeys((*OUTCOME_FIELDS, "score")),
         }
 
@@ -174,43 +181,64 @@ class Trial:
     ) -> None:
         """Blocked share by held-out loss after `step` steps of adaptation, for every candidate."""
         roles = {job.cls: job.role for job in jobs}
-        fidelity = step / self.base.adapt.max_train_steps
         for index, candidate in enumerate(candidates):
             own = [(job.cls, losses[job.job_id]) for job in jobs if job.draw == index and job.job_id in losses]
             guarded = _means(own)
-            full = {cls: self._losses["none", cls, step] for cls in guarded}
-            base = {cls: self._losses["base", cls, step] for cls in guarded}
-            mitigation, legal_impact = blocked_by_loss(guarded, full, base, roles)
+            mitigation, legal_impact = None, None
+            # A user of every class, or the sums would be over other classes than the other candidates'.
+            if guarded.keys() == roles.keys():
+                full = {cls: self._losses["none", cls, step] for cls in guarded}
+                base = {cls: self._losses["base", cls, step] for cls in guarded}
+                mitigation, legal_impact = blocked_by_loss(guarded, full, base, roles)
+            fidelity = step / self.base.adapt.max_train_steps
             candidate["proxy"].append(
-                {
-                    "fidelity": fidelity,
-                    "step": step,
-                    "mitigation": mitigation,
-                    "legal_impact": legal_impact,
-                    "score": self.score(mitigation, legal_impact),
-                }
+                {"fidelity": fidelity, "step": step, "mitigation": mitigation, "legal_impact": legal_impact}
             )
 
     def score(self, mitigation: float | None, legal_impact: float | None) -> float | None:
         return score(mitigation, legal_impact, self.base.domain.legal_budget, self.base.search.legal_penalty)
 
     def measure(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Mitigation and legal impact of one candidate on the publisher half, with intervals."""
-        if not results:
-            return {}
+        """Mitigation and legal impact of one candidate on the publisher half, with intervals.
+
+        Without a user of every counted class it has no score: the sums would be over other classes than elsewhere.
+        """
         # build_outcome tells masks apart by (mask_seed, draw); here `draw` only numbers the candidates.
         own = [{**result, "draw": 0} for result in results]
         outcome = build_outcome([*self.inputs.reference, *own], self.config, {})
-        entry = next(row for row in outcome["summary"] if row["defence"] == "freeze")
+        expected = {(entry["class"], seed) for entry in outcome["classes"] if entry["counted"] for seed in self.seeds}
+        missing = sorted({cls for cls, _ in expected - {(result["class"], result["seed"]) for result in results}})
+        entry = next((row for row in outcome["summary"] if row["defence"] == "freeze"), None)
+        if entry is None:
+            return {"incomplete": missing}
         values = {field: entry[field] for field in OUTCOME_FIELDS}
-        return {**values, "score": self.score(values["mitigation"], values["legal_impact"])}
+        found = None if missing else self.score(values["mitigation"], values["legal_impact"])
+        return {**values, "incomplete": missing, "score": found}
 
-    def metrics(self, candidates: Sequence[Mapping[str, Any]], fidelity: int, kind: str) -> dict[str, Any]:
-        """What Tune sees: the best candidate's score. kind: "proxy" or "score"."""
-        found = [entry["score"] if kind == "score" else entry["proxy"][-1]["score"] for entry in candidates]
-        known = [value for value in found if value is not None]
-        values = {"score": max(known), "proxy": max(known)} if known else {}
-        return {"trial": self.point.trial_id, "fidelity": fidelity, "scored": int(kind == "score"), **values}
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.base.evaluation.adaptation_seeds)
+
+    def metrics(self, candidates: Sequence[Mapping[str, Any]], fidelity: int, scored: bool) -> dict[str, Any]:
+        """What Tune sees: the parts of each candidate, by proxy or, when all is scored, by the scorer.
+
+        {"trial", "fidelity", "scored": 0 | 1, "mitigations", "legal_impacts"} and, only when scored, "score" of the
+        best candidate: a proxy is no score, and must not reach the search algorithm as one.
+        """
+        entries: list[Mapping[str, Any]]
+        if scored:
+            entries = [dict.fromkeys(("mitigation", "legal_impact")) if c["incomplete"] else c for c in candidates]
+        else:
+            entries = [candidate["proxy"][-1] for candidate in candidates]
+        known = [c["score"] for c in candidates if c["score"] is not None]
+        return {
+            "trial": self.point.trial_id,
+            "fidelity": fidelity,
+            "scored": int(scored),
+            "mitigations": [entry["mitigation"] for entry in entries],
+            "legal_impacts": [entry["legal_impact"] for entry in entries],
+            **({"score": max(known)} if scored and known else {}),
+        }
 
     def reports(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All reports that lead to `record`, so that a repeated trial tells Tune the same as the first."""
@@ -219,10 +247,10 @@ class Trial:
         found = []
         for index in range(length):
             cut = [{**entry, "proxy": entry["proxy"][: index + 1]} for entry in candidates]
-            found.append(self.metrics(cut, self.times[index], "proxy"))
+            found.append(self.metrics(cut, self.times[index], scored=False))
         if record["status"] == "scored":
-            found.append(self.metrics(candidates, self.times[-1], "score"))
-        return found or [{"trial": self.point.trial_id, "fidelity": 0, "scored": 0}]
+            found.append(self.metrics(candidates, self.times[-1], scored=True))
+        return found or [{"trial": self.point.trial_id}]
 
     def write(
         self,
@@ -231,12 +259,17 @@ class Trial:
         *,
         reason: str | None = None,
         results: Sequence[Mapping[str, Any]] = (),
+        adapt_seconds: float = 0.0,
         name: str = TRIAL,
     ) -> dict[str, Any]:
-        """Write trial.json (or the progress a stopped trial leaves behind) in one piece."""
+        """Write trial.json (or the progress a stopped trial leaves behind) in one piece.
+
+        adapt_seconds: spent by users without a result yet.
+        """
         seconds = {"learn": stage_seconds(self.folder / "learn")}
         for kind in ("adapt", "generate", "score"):
             seconds[kind] = round(sum(result["seconds"].get(kind, 0.0) for result in results), 2)
+        seconds["adapt"] = round(seconds["adapt"] + adapt_seconds, 2)
         record = {
             "schema_version": SCHEMA_VERSION,
             "key": self.inputs.key,

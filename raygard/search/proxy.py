@@ -1,19 +1,27 @@
 """The early proxy of a trial: blocked adaptation by held-out loss, and whether it may be trusted to prune.
 
-A fidelity is the share of the full adaptation after which the proxy was taken. A fidelity prunes only if, on the
-calibration trials, which are all scored to the end, its ranking of the candidates agrees with the final one.
+Held-out losses and the scorer's distances live on different scales: a mask may block a tenth of the loss and all of
+the style. The budget is stated on the scorer's scale, so mitigation and legal impact are first mapped there, each by a
+line fitted on the trials that were scored to the end, and only then put into the score's formula. A fidelity prunes
+only if that prediction, made for each scored trial without its own result, ranks as the score does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from raygard.errors import RaygardError
 
 MIN_PAIRS_TO_CORRELATE = 3
-MIN_PAIRS_TO_PRUNE = 4
+MIN_PAIRS_TO_FIT = 2
+
+Parts = tuple[float | None, float | None]
+"""Mitigation and legal impact of one candidate."""
 
 
 def is_finite(value: float | None) -> bool:
@@ -23,7 +31,7 @@ def is_finite(value: float | None) -> bool:
 
 def blocked_by_loss(
     guarded: Mapping[str, float], full: Mapping[str, float], base: Mapping[str, float], roles: Mapping[str, str]
-) -> tuple[float | None, float | None]:
+) -> Parts:
     """Mitigation and legal impact (design.md, section 5) with held-out losses in the place of distances.
 
     guarded, full: class -> loss after adaptation with and without the mask; base: class -> loss before any.
@@ -47,7 +55,7 @@ def blocked_by_loss(
 
 
 def score(mitigation: float | None, legal_impact: float | None, budget: float, penalty: float) -> float | None:
-    """Mitigation less `penalty` times what the legal impact exceeds the budget by; the same for proxy and final.
+    """Mitigation less `penalty` times what the legal impact exceeds the budget by.
 
     None without a finite mitigation, or with a legal impact that is NaN or infinite; a null legal impact (no legal
     class to measure it on) counts as zero.
@@ -72,49 +80,141 @@ def rank_correlation(xs: Sequence[float | None], ys: Sequence[float | None]) -> 
     return round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 12)
 
 
-def _pairs(candidates: Sequence[Mapping[str, Any]]) -> dict[float, list[tuple[float, float]]]:
-    """(proxy score, final score) of every scored candidate, by fidelity, lowest first."""
-    found: dict[float, list[tuple[float, float]]] = {}
-    for candidate in candidates:
-        for entry in candidate["proxy"]:
-            pairs = found.setdefault(float(entry["fidelity"]), [])
-            if is_finite(entry["score"]) and is_finite(candidate["score"]):
-                pairs.append((entry["score"], candidate["score"]))
-    return dict(sorted(found.items()))
+@dataclass
+class Evidence:
+    """What the proxies of a search's trials said, and what came of them.
 
-
-def _rho(pairs: Sequence[tuple[float, float]]) -> float | None:
-    return rank_correlation([proxy for proxy, _ in pairs], [final for _, final in pairs])
-
-
-def correlations(candidates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Spearman's rho of the proxy score at each fidelity with the final score: {"0.25": rho or None}.
-
-    candidates: as in trial.json; only those with a finite final score count. Lowest fidelity first.
+    A trial has one or several candidates, always in the same order; its value is that of the best. proxies: trial ->
+    fidelity -> parts of each candidate by held-out loss, in the order in which trials reported. finals: trial ->
+    parts of each candidate by the scorer.
     """
-    return {str(fidelity): _rho(pairs) for fidelity, pairs in _pairs(candidates).items()}
+
+    budget: float
+    penalty: float
+    proxies: dict[str, dict[float, list[Parts]]] = field(default_factory=dict)
+    finals: dict[str, list[Parts]] = field(default_factory=dict)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_record(self, record: Mapping[str, Any], fidelities: Mapping[float, float] | None = None) -> None:
+        """Take in a trial.json. fidelities: what to call each fidelity; default as it is."""
+        candidates = record["candidates"]
+        length = min((len(entry["proxy"]) for entry in candidates), default=0)
+        for index in range(length):
+            fidelity = candidates[0]["proxy"][index]["fidelity"]
+            key = fidelity if fidelities is None else fidelities[fidelity]
+            parts = [_parts(entry["proxy"][index]) for entry in candidates]
+            self.proxies.setdefault(record["trial_id"], {})[key] = parts
+        if record["status"] == "scored":
+            self.finals[record["trial_id"]] = [_final_parts(entry) for entry in candidates]
+
+    def scored_at(self, fidelity: float) -> list[str]:
+        """Trials with a final score and a proxy at this fidelity."""
+        return [t for t in self.finals if fidelity in self.proxies.get(t, {}) and self.score(t) is not None]
+
+    def score(self, trial: str) -> float | None:
+        """Final score of a trial: that of its best candidate."""
+        return _best(score(*parts, self.budget, self.penalty) for parts in self.finals.get(trial, ()))
+
+    def predictions(self, trial: str, fidelity: float) -> list[float | None]:
+        """Final score each candidate of a trial is expected to get, from the other trials' results.
+
+        None where too few trials are scored, or the proxy has no value.
+        """
+        known = [
+            pair
+            for other in self.scored_at(fidelity)
+            if other != trial
+            for pair in zip(self.proxies[other][fidelity], self.finals[other], strict=True)
+        ]
+        lines = [_line([(proxy[part], final[part]) for proxy, final in known]) for part in (0, 1)]
+        found: list[float | None] = []
+        for parts in self.proxies[trial][fidelity]:
+            mitigation, legal_impact = (_on_line(line, value) for line, value in zip(lines, parts, strict=True))
+            unknown = legal_impact is None and any(final[1] is not None for _, final in known)
+            found.append(None if unknown else score(mitigation, legal_impact, self.budget, self.penalty))
+        return found
+
+    def prediction(self, trial: str, fidelity: float) -> float | None:
+        """Expected final score of a trial's best candidate."""
+        return _best(self.predictions(trial, fidelity))
+
+    def correlation(self, fidelity: float) -> float | None:
+        """Spearman's rho of prediction and final score over the trials scored so far, each left out of its own fit."""
+        trials = self.scored_at(fidelity)
+        return rank_correlation([self.prediction(t, fidelity) for t in trials], [self.score(t) for t in trials])
+
+    def part_correlations(self, fidelity: float) -> dict[str, float | None]:
+        """Spearman's rho of each part's proxy with its final value, over all candidates."""
+        pairs = [
+            pair
+            for trial in self.scored_at(fidelity)
+            for pair in zip(self.proxies[trial][fidelity], self.finals[trial], strict=True)
+        ]
+        return {
+            name: rank_correlation([proxy[part] for proxy, _ in pairs], [final[part] for _, final in pairs])
+            for part, name in enumerate(("mitigation", "legal_impact"))
+        }
+
+    def is_trusted(self, fidelity: float, *, threshold: float, min_trials: int) -> bool:
+        """Whether a fidelity may prune: enough trials scored to the end, and a rho of at least `threshold`."""
+        rho = self.correlation(fidelity)
+        return len(self.scored_at(fidelity)) >= min_trials and rho is not None and rho >= threshold
 
 
-def measured(candidates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the proxy ranks: {"n": candidates with a finite final score, "correlation": {fidelity: rho}}."""
-    return {"n": sum(is_finite(c["score"]) for c in candidates), "correlation": correlations(candidates)}
+def with_predictions(records: Sequence[Mapping[str, Any]], evidence: Evidence) -> list[dict[str, Any]]:
+    """Trial records whose candidates' proxies also have "score", the calibrated prediction."""
+    found = []
+    for record in records:
+        known = evidence.proxies.get(record["trial_id"], {})
+        predicted = {fidelity: evidence.predictions(record["trial_id"], fidelity) for fidelity in known}
+        candidates = [
+            {
+                **candidate,
+                "proxy": [
+                    {**entry, "score": predicted[entry["fidelity"]][index] if entry["fidelity"] in predicted else None}
+                    for entry in candidate["proxy"]
+                ],
+            }
+            for index, candidate in enumerate(record["candidates"])
+        ]
+        found.append({**record, "candidates": candidates})
+    return found
 
 
-def pruning_allowed(
-    candidates: Sequence[Mapping[str, Any]], *, threshold: float = 0.5, min_pairs: int = MIN_PAIRS_TO_PRUNE
-) -> list[float]:
-    """The fidelities that may prune, ascending: rho of at least `threshold` on at least `min_pairs` candidates."""
-    allowed = []
-    for fidelity, pairs in _pairs(candidates).items():
-        rho = _rho(pairs)
-        if len(pairs) >= min_pairs and rho is not None and rho >= threshold:
-            allowed.append(fidelity)
-    return allowed
+def summary(evidence: Evidence, fidelities: Sequence[float]) -> dict[str, Any]:
+    """What search.json says of the proxy: {"n", "correlation": {fidelity: {"score", "mitigation", "legal_impact"}}}."""
+    finals = [score(*parts, evidence.budget, evidence.penalty) for found in evidence.finals.values() for parts in found]
+    return {
+        "n": sum(is_finite(value) for value in finals),
+        "correlation": {
+            str(fidelity): {"score": evidence.correlation(fidelity), **evidence.part_correlations(fidelity)}
+            for fidelity in fidelities
+        },
+    }
 
 
-def calibrate(
-    candidates: Sequence[Mapping[str, Any]], *, threshold: float = 0.5, min_pairs: int = MIN_PAIRS_TO_PRUNE
-) -> dict[str, Any]:
-    """`proxy.calibration` of search.json: n and correlation as in `measured`, which fidelities prune, and if any."""
-    fidelities = pruning_allowed(candidates, threshold=threshold, min_pairs=min_pairs)
-    return {**measured(candidates), "pruning": bool(fidelities), "fidelities": fidelities}
+def _parts(entry: Mapping[str, Any]) -> Parts:
+    return entry["mitigation"], entry["legal_impact"]
+
+
+def _final_parts(candidate: Mapping[str, Any]) -> Parts:
+    return (None, None) if candidate["incomplete"] else _parts(candidate)
+
+
+def _best(values: Any) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _line(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, float] | None:
+    """Least-squares intercept and slope; a falling line is replaced by the mean, since more blocked is not less."""
+    known = np.array([pair for pair in pairs if all(is_finite(value) for value in pair)], dtype=np.float64)
+    if len(known) < MIN_PAIRS_TO_FIT:
+        return None
+    x, y = known[:, 0], known[:, 1]
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum()) / spread) if spread > 0 else 0.0
+    return float(y.mean() - slope * x.mean()), slope
+
+
+def _on_line(line: tuple[float, float] | None, value: float | None) -> float | None:
+    return None if line is None or value is None else line[0] + line[1] * value

@@ -1,11 +1,16 @@
-"""Run by test_search.py: on a cluster of one CPU, really stop a trial while its workers learn."""
+"""Run by test_search.py: on a cluster of one CPU, really stop a trial while its workers learn.
+
+A second, newer cluster with a dashboard runs on the machine all the while; it knows nothing of the trial.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -15,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import raygard.cluster.search as search
 from raygard.cluster.session import ray_session
-from raygard.config import load_config
+from raygard.config_file import load_config
 from raygard.search_flow import SearchFlow
 from tests.search_fixtures import SETTINGS
 
@@ -24,6 +29,28 @@ stopped: list[str] = []
 
 class TrialsEnded(Exception):
     """What comes after the trials is of no interest here."""
+
+
+OTHER_CLUSTER = """
+import sys, ray
+ray.init(address="local", num_cpus=0, dashboard_host="127.0.0.1", include_dashboard=True, log_to_driver=False)
+print("ready", flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@contextlib.contextmanager
+def other_cluster() -> Iterator[None]:
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER_CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield
+        # Its end of file tells the other cluster to go.
+        process.stdin.close()
+        process.wait(60)
 
 
 class StopFirst(FIFOScheduler):
@@ -48,7 +75,7 @@ def main() -> None:
     )
     search._scheduler = lambda config: StopFirst()
     SearchFlow._controls = end_here
-    with ray_session(local_cpus=1, state_api=True):
+    with ray_session(local_cpus=1, state_api=True), other_cluster():
         with contextlib.suppress(TrialsEnded):
             SearchFlow(config, out).run()
         deadline = time.monotonic() + 60

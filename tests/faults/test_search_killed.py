@@ -1,4 +1,7 @@
-"""The driver of a search is really killed; the same command again goes on, and chooses as if nothing had happened."""
+"""The driver of a search is really killed; the same command again goes on, and chooses as if nothing had happened.
+
+Its MLflow server cannot be reached all the while; what it would have been told is sent later.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,21 @@ import time
 
 import pytest
 
+from raygard.tracking import sync
 from tests.faults.test_driver_killed import end_group
-from tests.search_fixtures import start_search
+from tests.search_fixtures import check_hierarchy, start_search
 
 pytestmark = pytest.mark.faults
+
+# Nothing listens on the port "discard" of loopback.
+UNREACHABLE = "tracking.tracking_uri=http://127.0.0.1:9"
 
 
 def test_finished_trials_are_not_repeated_and_the_choice_is_that_of_an_undisturbed_search(
     patterns, searched, tmp_path
 ) -> None:
     out = tmp_path / "search"
-    process = start_search(patterns, out)
+    process = start_search(patterns, out, UNREACHABLE)
     deadline = time.monotonic() + 600
     while not list(out.glob("trials/*/trial.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
@@ -28,11 +35,16 @@ def test_finished_trials_are_not_repeated_and_the_choice_is_that_of_an_undisturb
     trials = [file for file in finished if file.name == "trial.json"]
     assert 1 <= len(trials) < 4
 
-    again = start_search(patterns, out)
+    again = start_search(patterns, out, UNREACHABLE)
     output = again.communicate(timeout=900)[0]
     assert again.returncode == 0, output[-3000:]
+    assert output.count("MLflow tracking failed, the run goes on") == 1
     for file, written in finished.items():
         assert file.stat().st_mtime_ns == written, f"{file} was written again"
     mine, theirs = (json.loads((folder / "choice.json").read_text()) for folder in (out, searched[0]))
     assert mine == theirs
     assert json.loads((out / "run.json").read_text())["relearn_runs"] == 1
+
+    live = f"sqlite:///{tmp_path / 'live.db'}"
+    assert sync(out, live) > 0
+    check_hierarchy(live, mine)

@@ -4,38 +4,16 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raygard.errors import RaygardError
-from raygard.search.proxy import (
-    blocked_by_loss,
-    calibrate,
-    correlations,
-    measured,
-    pruning_allowed,
-    rank_correlation,
-    score,
-)
+from raygard.search.proxy import Evidence, blocked_by_loss, rank_correlation, score, summary, with_predictions
 
 ROLES = {"A": "illegal", "B": "illegal", "C": "legal"}
 BASE, FULL = {"A": 0.9, "B": 0.8, "C": 0.7}, {"A": 0.1, "B": 0.4, "C": 0.2}
 FINITE = st.floats(-10, 10)
-
-
-def candidates(finals, **proxies):
-    """One candidate for each final score; proxies: f25=[...] is the proxy score at fidelity 0.25."""
-    by_fidelity = {int(name[1:]) / 100: scores for name, scores in proxies.items()}
-    return [
-        {
-            "candidate_id": f"c{i}",
-            "score": final,
-            "proxy": [{"fidelity": f, "score": s[i]} for f, s in by_fidelity.items() if i < len(s)],
-        }
-        for i, final in enumerate(finals)
-    ]
 
 
 def test_blocked_by_hand():
@@ -116,40 +94,95 @@ def test_rank_correlation_is_symmetric_bounded_and_blind_to_order_and_scale(pair
     assert (rho is None and negated is None) or (abs(rho) <= 1 and negated == -rho)
 
 
-def test_correlations_by_fidelity_over_scored_candidates_only():
-    found = candidates([1, 2, 3, 4, None, math.nan], f100=[1, 2, 3, 4, 0, 0], f25=[4, 3, 2, 1, 9, 9], f50=[5, 5, 5, 5])
-    assert correlations(found) == {"0.25": -1.0, "0.5": None, "1.0": 1.0}
-    assert list(correlations(found)) == ["0.25", "0.5", "1.0"]
-    assert measured(found) == {"n": 4, "correlation": correlations(found)}
+def evidence(trials, *, budget=0.2, penalty=2.0):
+    """trials: {name: (proxy parts, final parts or None)} at fidelity 0.5, one candidate each."""
+    found = Evidence(budget, penalty)
+    for name, (proxy, final) in trials.items():
+        found.proxies[name] = {0.5: [proxy]}
+        if final is not None:
+            found.finals[name] = [final]
+    return found
 
 
-def test_only_trustworthy_fidelities_prune():
-    found = candidates([1, 2, 3, 4, 5], f25=[2, 1, 3, 5, 4], f50=[5, 4, 3, 2, 1], f100=[1, 2, 3])
-    assert pruning_allowed(found, threshold=0.5) == [0.25]
-    assert pruning_allowed(found, threshold=0.9) == []
-    assert pruning_allowed(found, threshold=0.5, min_pairs=3) == [0.25, 1.0]
-    assert calibrate(found) == {**measured(found), "pruning": True, "fidelities": [0.25]}
+def test_predictions_are_on_the_scale_of_the_score():
+    """Losses say a tenth of what the scorer says, so the budget binds only on the scorer's scale."""
+    numbers = range(1, 9)
+    found = evidence({str(n): ((n / 100, n / 100), (n / 10, n / 10)) for n in numbers}, penalty=3.0)
+    for n in numbers:
+        assert found.prediction(str(n), 0.5) == pytest.approx(score(n / 10, n / 10, 0.2, 3.0))
+    raw = [score(n / 100, n / 100, 0.2, 3.0) for n in numbers]
+    assert rank_correlation(raw, [found.score(str(n)) for n in numbers]) < 0
+    assert found.correlation(0.5) == 1.0
+    assert found.part_correlations(0.5) == {"mitigation": 1.0, "legal_impact": 1.0}
 
 
-def test_threshold_itself_is_enough():
-    assert pruning_allowed(candidates([1, 2, 3], f25=[1, 3, 2]), threshold=0.5, min_pairs=3) == [0.25]
-    assert pruning_allowed(candidates(range(7), f25=range(7)), threshold=1.0) == [0.25]
+def test_a_trial_takes_no_part_in_its_own_prediction():
+    trials = {str(n): ((n / 10, 0.0), (n / 5, 0.0)) for n in range(6)}
+    before = evidence(trials).prediction("3", 0.5)
+    assert evidence({**trials, "3": ((0.3, 0.0), (99.0, 0.0))}).prediction("3", 0.5) == pytest.approx(before)
+    assert evidence({**trials, "3": ((0.3, 0.0), None)}).prediction("3", 0.5) == pytest.approx(before)
 
 
-def test_nothing_prunes_without_evidence():
-    nothing = {"pruning": False, "fidelities": []}
-    assert calibrate([]) == {"n": 0, "correlation": {}, **nothing}
-    assert calibrate(candidates([1, 2, 3], f25=[1, 2, 3])) == {"n": 3, "correlation": {"0.25": 1.0}, **nothing}
-    constant = calibrate(candidates([1, 2, 3, 4], f25=[0, 0, 0, 0]), threshold=-1.0)
-    assert constant == {"n": 4, "correlation": {"0.25": None}, **nothing}
+def test_a_proxy_that_falls_as_the_score_rises_predicts_nothing():
+    found = evidence({str(n): ((-n / 10, 0.0), (n / 5, 0.0)) for n in range(8)})
+    assert found.correlation(0.5) is None or found.correlation(0.5) < 0
+    assert not found.is_trusted(0.5, threshold=0.5, min_trials=3)
 
 
-def test_correlation_of_noise_with_the_score_is_that_of_the_ranks():
-    rng = np.random.default_rng(0)
-    final, proxy = rng.normal(size=(2, 20))
-    ranks = [np.argsort(np.argsort(values)) for values in (final, proxy)]
-    expected = float(np.corrcoef(*ranks)[0, 1])
-    assert correlations(candidates(list(final), f50=list(proxy)))["0.5"] == pytest.approx(expected)
+def test_trust_needs_enough_trials_and_enough_correlation():
+    found = evidence({str(n): ((n / 10, 0.0), (n / 5, 0.0)) for n in range(5)})
+    assert found.is_trusted(0.5, threshold=1.0, min_trials=5)
+    assert not found.is_trusted(0.5, threshold=0.5, min_trials=6)
+    assert not found.is_trusted(0.25, threshold=0.5, min_trials=1)
+
+
+@pytest.mark.parametrize("hole", [None, math.nan])
+def test_a_proxy_or_a_result_that_is_missing_is_left_out(hole):
+    trials = {str(n): ((n / 10, 0.0), (n / 5, 0.0)) for n in range(5)}
+    whole = evidence(trials)
+    holed = evidence({**trials, "x": ((hole, 0.0), (0.1, 0.0)), "y": ((0.1, 0.0), (hole, 0.0))})
+    assert holed.prediction("3", 0.5) == pytest.approx(whole.prediction("3", 0.5))
+    assert holed.prediction("x", 0.5) is None or math.isnan(holed.prediction("x", 0.5))
+    assert "y" not in holed.scored_at(0.5)
+
+
+def test_a_trial_is_as_good_as_its_best_candidate():
+    found = evidence({str(n): ((n / 10, 0.0), (n / 5, 0.0)) for n in range(4)})
+    found.proxies["two"] = {0.5: [(0.1, 0.0), (0.3, 0.0)]}
+    assert found.prediction("two", 0.5) == pytest.approx(0.6)
+    found.finals["two"] = [(0.2, 0.0), (0.5, 0.0)]
+    assert found.score("two") == 0.5
+
+
+def test_records_give_the_evidence_back_and_get_their_predictions():
+    def record(n, status):
+        entry = {"fidelity": 0.5, "step": 5, "mitigation": n / 10, "legal_impact": 0.0}
+        final = n / 5 if status == "scored" else None
+        candidate = {"proxy": [entry], "incomplete": [], "mitigation": final, "legal_impact": 0.0}
+        return {"trial_id": str(n), "status": status, "candidates": [candidate]}
+
+    records = [record(n, "scored" if n < 5 else "pruned") for n in range(6)]
+    found = Evidence(0.2, 2.0)
+    for each in records:
+        found.add_record(each)
+    assert found.finals.keys() == {str(n) for n in range(5)} and found.proxies.keys() == {str(n) for n in range(6)}
+    predicted = with_predictions(records, found)
+    assert [r["candidates"][0]["proxy"][0]["score"] for r in predicted] == pytest.approx([n / 5 for n in range(6)])
+    assert summary(found, [0.5]) == {
+        "n": 5,
+        "correlation": {"0.5": {"score": 1.0, "mitigation": 1.0, "legal_impact": None}},
+    }
+    renamed = Evidence(0.2, 2.0)
+    renamed.add_record(records[0], {0.5: 2})
+    assert renamed.proxies == {"0": {2: [(0.0, 0.0)]}}
+
+
+def test_an_incomplete_candidate_teaches_nothing():
+    entry = {"fidelity": 0.5, "step": 5, "mitigation": 0.1, "legal_impact": 0.0}
+    candidate = {"proxy": [entry], "incomplete": ["A"], "mitigation": 0.3, "legal_impact": 0.0}
+    found = Evidence(0.2, 2.0)
+    found.add_record({"trial_id": "a", "status": "scored", "candidates": [candidate]})
+    assert found.score("a") is None and found.scored_at(0.5) == []
 
 
 def test_the_core_of_the_search_needs_no_cluster():
