@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raygard.cluster.evaluators import (
     GeneratorActor,
@@ -23,7 +23,11 @@ from raygard.cluster.evaluators import (
 )
 from raygard.cluster.pool import ItemFailed, RayWorker, WorkerPool, reason
 from raygard.config import EvaluationConfig, RunConfig
+from raygard.errors import RaygardError
 from raygard.store import Store
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 SAVE_RETRIES = 3
 
@@ -56,12 +60,14 @@ class Measurement:
 class Coordinator:
     """An asynchronous actor. Restarted after a death, it starts its actors anew and repeats what was not finished."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], group: PlacementGroup | None) -> None:
+        """group: one bundle for each actor that reserves something, generators' first; None if none does."""
         settings = RunConfig.model_validate(config)
         evaluation = settings.evaluation
         model = settings.model.model_dump(mode="json")
-        self._generators = _pool("generator", GeneratorActor, model, evaluation.generators, evaluation)
-        self._scorers = _pool("scorer", ScorerActor, evaluation.scorer, evaluation.scorers, evaluation)
+        bundles = iter(range(evaluation.generators + evaluation.scorers))
+        self._generators = _pool("generator", GeneratorActor, model, evaluation, group, bundles)
+        self._scorers = _pool("scorer", ScorerActor, evaluation.scorer, evaluation, group, bundles)
         self._attempts = evaluation.max_attempts
         self._locks: dict[str, asyncio.Lock] = {}
 
@@ -90,6 +96,8 @@ class Coordinator:
                 except _Failed as failed:
                     if not failed.pictures_lost or attempt == self._attempts:
                         return failed.record
+                except (OSError, RaygardError) as error:
+                    return _record("score", ItemFailed(reason(error), attempt, error))
         raise AssertionError("max_attempts is at least 1")
 
     async def _measure(self, measurement: Measurement, store: Store) -> dict[str, Any]:
@@ -174,9 +182,9 @@ class Coordinator:
         task = ray.remote(num_cpus=0, max_retries=SAVE_RETRIES)(save_task)
         try:
             await task.remote(measurement.store, measurement.key, *pictures)
-        except ray.exceptions.RayError as error:
+            Store(Path(measurement.store)).drop_tensors(measurement.key)
+        except (ray.exceptions.RayError, OSError) as error:
             raise _Failed("generate", ItemFailed(reason(error), 1, error)) from None
-        Store(Path(measurement.store)).drop_tensors(measurement.key)
 
 
 class _Failed(Exception):
@@ -185,7 +193,11 @@ class _Failed(Exception):
     def __init__(self, stage: str, failure: ItemFailed) -> None:
         super().__init__(failure.reason)
         self.pictures_lost = failure.cause is not None and _pictures_lost(failure.cause)
-        self.record = {"failed": True, "stage": stage, "reason": failure.reason, "attempts": failure.attempts}
+        self.record = _record(stage, failure)
+
+
+def _record(stage: str, failure: ItemFailed) -> dict[str, Any]:
+    return {"failed": True, "stage": stage, "reason": failure.reason, "attempts": failure.attempts}
 
 
 def _pictures_lost(error: BaseException) -> bool:
@@ -196,25 +208,45 @@ def _pictures_lost(error: BaseException) -> bool:
     return isinstance(error, lost) or isinstance(getattr(error, "cause", None), lost)
 
 
-def _pool(name: str, actor: Callable[..., Any], argument: Any, count: int, evaluation: EvaluationConfig) -> WorkerPool:
+def _pool(
+    name: str,
+    actor: Callable[..., Any],
+    argument: Any,
+    evaluation: EvaluationConfig,
+    group: PlacementGroup | None,
+    bundles: Iterator[int],
+) -> WorkerPool:
+    """bundles: numbers of the bundles of `group` that no other pool has; taken if these actors reserve something."""
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     cpus, gpus = (getattr(evaluation, f"{name}_{kind}") for kind in ("cpus", "gpus"))
-    # An item is repeated by the pool, which counts; Ray only brings the process back.
+    # The pool counts attempts and replaces processes; if Ray did so as well, it could not tell which process answers.
     remote = ray.remote(
         num_cpus=cpus,
         num_gpus=gpus,
-        max_restarts=-1,
+        max_restarts=0,
         max_task_retries=0,
         runtime_env=environment(evaluation.actor_threads, gpus),
     )(actor)
+    own = group if cpus or gpus else None
 
-    def create() -> Any:
-        return remote.remote(argument, evaluation.actor_threads, gpus)
+    async def room() -> None:
+        # The bundles of a lost node are placed again as soon as another has room for them.
+        if own is not None:
+            await own.ready()
+
+    def worker() -> RayWorker:
+        # Without an explicit None an actor would be charged to the group that the coordinator's caller sits in.
+        placement = PlacementGroupSchedulingStrategy(
+            placement_group=own, placement_group_bundle_index=-1 if own is None else next(bundles)
+        )
+        placed = remote.options(scheduling_strategy=placement)
+        return RayWorker(lambda: placed.remote(argument, evaluation.actor_threads, gpus), room)
 
     return WorkerPool(
         name,
-        [RayWorker(create) for _ in range(count)],
+        [worker() for _ in range(getattr(evaluation, f"{name}s"))],
         max_attempts=evaluation.max_attempts,
         timeout_s=evaluation.item_timeout_s,
         failures=(ray.exceptions.RayError,),

@@ -12,30 +12,38 @@ from raygard.errors import RaygardError
 
 @dataclass(frozen=True)
 class EvaluationPool:
-    """A coordinator and, behind it, the generation and scorer actors. config: what they were started for."""
+    """A coordinator and, behind it, the generation and scorer actors.
+
+    config: what they were started for. group: placement group that holds what the actors reserve, None for nothing.
+    """
 
     coordinator: Any
     config: dict[str, Any]
+    group: Any
 
     @classmethod
     def start(cls, config: RunConfig) -> EvaluationPool:
         """Start a coordinator; its actors start with the first job that needs them and stay warm until `stop`.
 
         The pool lives as long as the process that started it: start it in the driver, and send the handle.
-        Raises RaygardError, with the arithmetic, if the cluster cannot hold the actors and one adaptation.
+        Raises RaygardError, with the arithmetic, if the cluster cannot hold the actors and one adaptation, or if
+        others keep what the actors need.
         """
         import ray
 
         require_evaluation(config.evaluation)
         content = config.model_dump(mode="json")
+        group = _reserve(config.evaluation)
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=outside_groups())
-        return cls(remote(Coordinator).remote(content), content)
+        return cls(remote(Coordinator).remote(content, group), content, group)
 
     def stop(self) -> None:
         """End the coordinator and with it its actors."""
         import ray
 
         ray.kill(self.coordinator)
+        if self.group is not None:
+            ray.util.remove_placement_group(self.group)
 
     def __enter__(self) -> EvaluationPool:
         return self
@@ -58,6 +66,33 @@ class EvaluationPool:
                 f"{mine.evaluation.scorer}; start others for {config.model.pretrained_model_name_or_path} and "
                 f"{config.evaluation.scorer}"
             )
+
+
+def _reserve(evaluation: EvaluationConfig) -> Any:
+    """A placement group with a bundle for each actor that reserves something, generators first; None for none.
+
+    Without it, adaptations that are submitted while an actor starts, or starts again, would take its device.
+    """
+    import ray
+
+    e = evaluation
+    actors = (e.generators, e.generator_cpus, e.generator_gpus), (e.scorers, e.scorer_cpus, e.scorer_gpus)
+    bundles = [
+        {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0}
+        for count, cpus, gpus in actors
+        for _ in range(count)
+        if cpus > 0 or gpus > 0
+    ]
+    if not bundles:
+        return None
+    group = ray.util.placement_group(bundles)
+    if not group.wait(e.item_timeout_s):
+        ray.util.remove_placement_group(group)
+        raise RaygardError(
+            f"the evaluation actors wait for {bundles} since {e.item_timeout_s:g} s: others use the cluster; try again "
+            "later, or lower what the actors hold (evaluation.generator_*, evaluation.scorer_*)"
+        )
+    return group
 
 
 def outside_groups() -> Any:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import ray
 
+from raygard.cluster import pool
 from raygard.cluster.coordinator import Coordinator, Measurement
 from raygard.cluster.pool import WorkerPool
 from raygard.config import RunConfig
+from raygard.errors import RaygardError
 from raygard.store import Store, read_pictures
 
 CAPTIONS = tuple(f"thing {number}" for number in range(5))
@@ -78,21 +80,24 @@ class Actor:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
+    async def room(self) -> None:
+        return None
+
     async def ready(self) -> dict[str, Any]:
-        return {}
+        return {"pid": 1}
 
     async def run(self, item: Any) -> Any:
         return await item(self.actor)
 
     def replace(self) -> None:
-        raise AssertionError("nothing here is silent")
+        return None
 
 
 class Simulated(Coordinator):
     """Writes pictures in this process."""
 
     def __init__(self, generator: Generator, scorer: Scorer) -> None:
-        super().__init__(RunConfig().model_dump(mode="json"))
+        super().__init__(RunConfig().model_dump(mode="json"), None)
         for name, actor in (("_generators", generator), ("_scorers", scorer)):
             made: WorkerPool = getattr(self, name)
             pool = WorkerPool(
@@ -204,3 +209,84 @@ def test_an_item_that_cannot_be_drawn_fails_its_job_only(tmp_path) -> None:
     assert "no such weights" in failed["reason"]
     assert good["distances"] == [0, 1, 2, 3]
     assert not Store(tmp_path).has_pictures("k") and Store(tmp_path).score("k", "style", "r") is None
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RaygardError("the disk is full")])
+def test_a_score_that_cannot_be_written_fails_its_job_only(tmp_path, monkeypatch, error) -> None:
+    write = Store.write_score
+
+    def full(self: Store, key: str, *args: Any) -> None:
+        if key == "k":
+            raise error
+        write(self, key, *args)
+
+    monkeypatch.setattr(Store, "write_score", full)
+
+    async def both() -> list[Any]:
+        coordinator = Simulated(Generator(), Scorer())
+        good = measurement(tmp_path, key="good")
+        return await asyncio.gather(coordinator.measure(measurement(tmp_path)), coordinator.measure(good))
+
+    failed, good = asyncio.run(both())
+    assert (failed["failed"], failed["stage"], failed["attempts"]) == (True, "score", 1)
+    assert str(error.args[-1]) in failed["reason"]
+    assert good["distances"] == [0, 1, 2, 3, 4]
+
+
+class Started:
+    """Stands for `ray.remote`: records the placement of each actor that is made, and how often it may restart."""
+
+    def __init__(self, log: list[tuple[str, Any, int]]) -> None:
+        self.log, self.content = log, {}
+
+    def __call__(self, **content: Any) -> Any:
+        def class_of(actor: Any) -> Any:
+            made = Started(self.log)
+            made.content = {"name": actor.__name__, **content}
+            return made
+
+        return class_of
+
+    def options(self, **content: Any) -> Started:
+        made = Started(self.log)
+        made.content = {**self.content, **content}
+        return made
+
+    def remote(self, *_args: Any) -> Any:
+        strategy = self.content["scheduling_strategy"]
+        self.log.append((self.content["name"], strategy.placement_group, strategy.placement_group_bundle_index))
+        raise ray.exceptions.RaySystemError("not started in this test")
+
+
+class Group:
+    def ready(self) -> Any:
+        return given(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "generators", "scorers"),
+    [
+        ({"generator_cpus": 1, "scorer_gpus": 0.5}, (0, 1), (2, 3)),
+        ({"generator_gpus": 1}, (0, 1), None),
+        ({"scorer_cpus": 0.5}, None, (0, 1)),
+        ({}, None, None),
+    ],
+)
+def test_each_actor_that_reserves_has_a_bundle_of_its_own_for_good(monkeypatch, settings, generators, scorers) -> None:
+    log: list[tuple[str, Any, int]] = []
+    monkeypatch.setattr(ray, "remote", Started(log))
+    monkeypatch.setattr(pool, "START_BACKOFF_S", 0)
+    group = Group() if settings else None
+    config = RunConfig.model_validate({"evaluation": {"generators": 2, "scorers": 2, "max_attempts": 3, **settings}})
+
+    async def work() -> None:
+        coordinator = Coordinator(config.model_dump(mode="json"), group)
+        await coordinator.warm()
+        while len(log) < 12:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    for name, bundles in (("GeneratorActor", generators), ("ScorerActor", scorers)):
+        placed = [(used, bundle) for actor, used, bundle in log if actor == name]
+        expected = [(None, -1)] * 2 if bundles is None else [(group, bundle) for bundle in bundles]
+        assert sorted(placed, key=str) == sorted(expected * 3, key=str)
