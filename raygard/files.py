@@ -1,18 +1,26 @@
-"""Writing files so that a reader never sees a half, and a full disk is one line."""
+"""Writing files so that a reader never sees a half, and a full disk or a damaged file is one line."""
 
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
+import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from raygard.errors import RaygardError
 
+SCRATCH = ".tmp"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -36,18 +44,49 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old text or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def scratch(path: Path, *, keep_same: bool = False) -> Iterator[Path]:
+    """A file to write, renamed to `path` at the end; of a name no other process on any node can have.
+
+    Readers see the old content or the new, never a part. keep_same: a file that has this content already is left
+    alone, with the time it was written.
+    """
+    file = path.with_name(f".{path.name}.{uuid.uuid4().hex}{SCRATCH}")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+        yield file
+        _flush(file)
+        if not (keep_same and _same(file, path)):
+            os.replace(file, path)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, keep_same: bool = False) -> None:
+    """Write a file as `scratch` does."""
+    with scratch(path, keep_same=keep_same) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def read_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an npz file. Raises RaygardError if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RaygardError(f"cannot read {path}: {error}; delete it and run again") from None
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _same(first: Path, second: Path) -> bool:
+    return second.is_file() and filecmp.cmp(first, second, shallow=False)
+
+
+def _flush(path: Path) -> None:
+    # Without this a machine that loses power may keep the new name and not the content.
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())

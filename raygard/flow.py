@@ -23,7 +23,7 @@ from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
-from raygard.files import write_text
+from raygard.files import readable_disk_errors, scratch, write_text
 from raygard.imagefolder import read_pixels
 from raygard.mask import FreezeMask
 from raygard.outcome import build_outcome
@@ -31,6 +31,7 @@ from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.rundir import RunDirectory
 from raygard.scoring import get_scorer
+from raygard.store import Store
 from raygard.tracking import RunHandle, Tracker, track_job
 
 log = logging.getLogger("raygard")
@@ -70,6 +71,7 @@ class Flow:
         name = f"{config.domain.name}-{config_hash(config)}"
         tags = {"raygard.domain": config.domain.name}
         if upstream is None:
+            Store(self.root / "store").sweep()
             self.tracker = Tracker.open(config.tracking, self.dir.path, name)
             self.parent: RunHandle = self.tracker.start(tags=tags)
         else:
@@ -171,7 +173,7 @@ class Flow:
 
         pool: evaluation actors to use; None starts some and stops them.
         """
-        from raygard.cluster.evaluation import EvaluationPool, base_loss_task, run_jobs, save_result
+        from raygard.cluster.evaluation import EvaluationPool, base_loss, run_jobs, save_result
 
         config = self.config
         folder = self.dir / "evaluation"
@@ -189,7 +191,7 @@ class Flow:
                 if result.get("failed"):
                     bar.advance(1, f"{where}: failed")
                     failures.append(result)
-                    _refuse_if_unmeasurable(jobs, failures)
+                    refuse_if_unmeasurable(jobs, failures)
                     return
                 bar.advance(1, f"{where}: {result['distance']:.4f}")
                 save_result(self.dir.path, inputs.store, result)
@@ -201,14 +203,16 @@ class Flow:
                 self._note_failures(folder / "failures.json", failures)
         for run in runs.values():
             run.finish()
-        results = [result for result in found if not result.get("failed")]
+        results = self.results = [result for result in found if not result.get("failed")]
         if not all(result["audit_ok"] in (True, None) for result in results):
             raise RaygardError(
                 "a frozen tensor moved during an adaptation: this is a defect of raygard, please report it"
             )
-        base_loss = self._base_loss(base_loss_task)
-        # None of these defences edits values, so the release is the base under each of them.
-        losses = {} if base_loss is None else dict.fromkeys(config.evaluation.defences, base_loss)
+        losses: dict[str, float] = {}
+        if config.domain.general:
+            cache = self._cache("base_loss", [(cls, "general") for cls in config.domain.general])
+            # None of these defences edits values, so the release is the base under each of them.
+            losses = dict.fromkeys(config.evaluation.defences, base_loss(config, str(cache), inputs.store))
         outcome = build_outcome(results, config, losses)
         write_text(self.dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")
         self._track_outcome(outcome)
@@ -284,7 +288,6 @@ class Flow:
 
     def _references(self, folder: Path, stage: str, part: str, classes: Sequence[str]) -> Path:
         """Reference pictures, cropped as the model sees them, and their captions."""
-        folder.mkdir(parents=True, exist_ok=True)
         view, arrays, captions = self.domain.view(stage), {}, {}
         size = self.config.domain.resolution
         assert size is not None
@@ -295,8 +298,13 @@ class Flow:
             )
             captions[cls] = [picture.caption for picture in pictures]
         path = folder / "references.npz"
-        np.savez_compressed(path, allow_pickle=False, **arrays)
-        write_text(path.with_suffix(".json"), json.dumps({"classes": list(classes), "captions": captions}))
+        listing = json.dumps({"classes": list(classes), "captions": captions})
+        with readable_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Actors may be reading what an earlier start has written.
+            with scratch(path, keep_same=True) as file, file.open("wb") as stream:
+                np.savez_compressed(stream, allow_pickle=False, **arrays)
+            write_text(path.with_suffix(".json"), listing, keep_same=True)
         return path
 
     def _save_masks(self, folder: Path, masks: Sequence[FreezeMask]) -> dict[tuple[str, int], str]:
@@ -343,16 +351,6 @@ class Flow:
                 failure["reason"],
             )
 
-    def _base_loss(self, task: Any) -> float | None:
-        """The release's own loss on general captions; masks without values leave it as it is."""
-        classes = self.config.domain.general
-        if not classes:
-            return None
-        import ray
-
-        cache = self._cache("base_loss", [(cls, "general") for cls in classes])
-        return ray.get(ray.remote(task).remote(self.config.model_dump(mode="json"), str(cache)))
-
     def _on_row(self, run: RunHandle, bar: Any, row: dict[str, Any], what: str) -> None:
         bar.advance(1, f"illegal {row['illegal_loss']:.4f}  legal {row['legal_loss']:.4f}")
         prefix = "" if what == "relearn" else f"{row['kind']}_"
@@ -376,7 +374,7 @@ class Flow:
         self.parent.artifact(self.dir / "outcome.json")
 
 
-def _refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:
+def refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:
     """Raise RaygardError once a class has lost every job of a yardstick, or nothing is left at all."""
     last = failures[-1]
     if last["defence"] in YARDSTICKS:

@@ -2,9 +2,11 @@
 
     <root>/<key>/inputs.json           what the key was made from
     <root>/<key>/adapted.json          losses and counts of an adaptation, hash of the tensors it wrote
-    <root>/<key>/adapted.safetensors   tensors it changed; removed once the pictures are complete
+    <root>/<key>/adapted.safetensors   tensors it changed; removed once the job is measured
+    <root>/<key>/adapting.pt           an adaptation that has paused; removed once it has ended
     <root>/<key>/pictures.npz          images, uint8 (n, H, W, 3)
     <root>/<key>/score-<scorer>.json   how far those pictures are from the references
+    <root>/<key>/base-loss.json        held-out loss of a release on general classes
 
 A file appears whole or not at all. Writers that race write the same content, so the last one may win.
 """
@@ -13,9 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-import zipfile
+import pickle
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors, sha256_file
+from raygard.files import SCRATCH, read_array, readable_disk_errors, scratch, sha256_file
 
 INPUTS, RECORD, TENSORS, PICTURES = "inputs.json", "adapted.json", "adapted.safetensors", "pictures.npz"
+BASE_LOSS, PAUSED = "base-loss.json", "adapting.pt"
+STALE_S = 86400.0
 # 160 bits are beyond accident and keep paths short.
 KEY_LENGTH = 40
 
@@ -79,14 +82,33 @@ class Store:
 
         digest = None
         if tensors is not None:
-            with self._scratch(key, TENSORS) as scratch:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(scratch))
-                digest = sha256_file(scratch)
+            with self._scratch(key, TENSORS) as file:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(file))
+                digest = sha256_file(file)
         self._write_json(key, RECORD, {**record, "tensors_sha256": digest})
 
     def drop_tensors(self, key: str) -> None:
-        """Remove the adapted tensors, the only large file."""
-        self.tensors_file(key).unlink(missing_ok=True)
+        """Remove the adapted tensors, the only large file. Raises RaygardError if the folder cannot be written."""
+        with readable_disk_errors(self.folder(key)):
+            self.tensors_file(key).unlink(missing_ok=True)
+
+    def paused(self, key: str) -> dict[str, Any] | None:
+        """An adaptation that has paused; None if there is none, or it cannot be read."""
+        try:
+            found = torch.load(self.folder(key) / PAUSED, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def write_paused(self, key: str, state: Mapping[str, Any]) -> None:
+        """state: tensors, numbers, strings, lists and dictionaries. Raises RaygardError for a full disk."""
+        with self._scratch(key, PAUSED) as file:
+            torch.save(dict(state), file)
+
+    def drop_paused(self, key: str | None = None) -> None:
+        """Remove what has paused under `key`, or all there is: nothing will go on from it."""
+        for folder in [self.folder(key)] if key else self.root.glob("*"):
+            (folder / PAUSED).unlink(missing_ok=True)
 
     def pictures_file(self, key: str) -> Path:
         return self.folder(key) / PICTURES
@@ -96,7 +118,7 @@ class Store:
 
     def write_pictures(self, key: str, images: NDArray[np.uint8]) -> None:
         """images: uint8 (n, H, W, 3), all of the job. Raises RaygardError for a full disk."""
-        with self._scratch(key, PICTURES) as scratch, scratch.open("wb") as stream:
+        with self._scratch(key, PICTURES) as file, file.open("wb") as stream:
             np.savez_compressed(stream, images=images)
 
     def score(self, key: str, scorer: str, references: str) -> dict[str, Any] | None:
@@ -111,6 +133,29 @@ class Store:
         """record: `references` (hash of the reference pictures), `distances` and whatever else is worth keeping."""
         self._write_json(key, f"score-{scorer}.json", record)
 
+    def base_loss(self, key: str) -> float | None:
+        """Held-out loss of a release; None if it is not known."""
+        record = self._read_json(key, BASE_LOSS)
+        return record.get("loss") if record is not None else None
+
+    def write_base_loss(self, key: str, loss: float) -> None:
+        self._write_json(key, BASE_LOSS, {"loss": loss})
+
+    def sweep(self, older_than_s: float = STALE_S) -> None:
+        """Remove what processes that died have left: half-written files, and tensors nobody came to draw with.
+
+        older_than_s: seconds since they were written; younger ones may be in use, or save a resumed run an adaptation.
+        """
+        limit = time.time() - older_than_s
+        with readable_disk_errors(self.root):
+            for file in (
+                *self.root.glob(f"*/.*{SCRATCH}"),
+                *self.root.glob(f"*/{TENSORS}"),
+                *self.root.glob(f"*/{PAUSED}"),
+            ):
+                if file.exists() and file.stat().st_mtime < limit:
+                    file.unlink(missing_ok=True)
+
     def _read_json(self, key: str, name: str) -> dict[str, Any] | None:
         try:
             found = json.loads((self.folder(key) / name).read_text(encoding="utf-8"))
@@ -119,34 +164,18 @@ class Store:
         return found if isinstance(found, dict) else None
 
     def _write_json(self, key: str, name: str, content: Mapping[str, Any]) -> None:
-        with self._scratch(key, name) as scratch:
-            scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with self._scratch(key, name) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
     def _scratch(self, key: str, name: str) -> Iterator[Path]:
-        """A file to write, moved to its name at the end; of a name no other process on any node can have."""
         folder = self.folder(key)
-        scratch = folder / f".{name}.{uuid.uuid4().hex}.tmp"
         with readable_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                yield scratch
-                _flush(scratch)
-                os.replace(scratch, folder / name)
-            finally:
-                scratch.unlink(missing_ok=True)
+            with scratch(folder / name) as file:
+                yield file
 
 
 def read_pictures(path: str | Path) -> NDArray[np.uint8]:
     """Pictures of a job, uint8 (n, H, W, 3). Raises RaygardError if the file is missing or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise RaygardError(f"cannot read {path}: {error}; delete its folder and run again") from None
-
-
-def _flush(path: Path) -> None:
-    # Without this a machine that loses power may keep the new name and not the content.
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    return read_array(Path(path), "images")

@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 
 from raygard.cluster.evaluation import EvaluationInputs, EvaluationJob, EvaluationPool, run_jobs
-from raygard.config import RunConfig, load_config
+from raygard.config import RunConfig
+from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import load_unet
 from raygard.domain import load_domain

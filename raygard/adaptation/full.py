@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """losses: one mean over the global batch for each optimizer step. optimizer_bytes: state of this
-    process."""
+    """losses: one mean over the global batch for each optimizer step. optimizer_bytes: state of this process.
+
+    paused: what goes on from here, if the adaptation was to pause before its end. Tensors, numbers, lists and
+    dictionaries only, so that `torch.load(weights_only=True)` reads it.
+    """
 
     losses: list[float]
     seconds: float
     trainable_params: int
     optimizer_bytes: int
+    paused: dict[str, Any] | None = None
 
 
 def full(
@@ -45,25 +49,34 @@ def full(
     mask: FreezeMask | None,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
+    pause_at: int | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> AdaptResult:
     """Fine-tune `unet` in place with AdamW for `config.max_train_steps` optimizer steps.
 
     data: the pictures to train on. mask: applied (and verified) first; None leaves `requires_grad` as it is.
     config.train_batch_size counts pictures for each process and accumulation step. on_step(step, loss) is
     called after every optimizer step, counted from 1. Collective under `accelerate launch`.
+    pause_at: stop after this step. resume: `paused` of a result with the same other arguments; the two parts equal
+    one straight run bit for bit.
     Frozen tensors have no gradient and no optimizer state. Equal seeds give equal weights on the CPU.
     Raises RaygardError if nothing is trainable, there are no pictures, or the loss is no longer finite.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if len(data) == 0:
         raise RaygardError("no pictures to fine-tune on")
+    # An adaptation that broke off while it accumulated has left gradients.
+    unet.zero_grad()
     if mask is not None:
         mask.apply(unet)
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     if not trainable:
         raise RaygardError("nothing to train: every tensor of the model is frozen")
     started = time.monotonic()
+    # accelerate keeps the precision of a process's first Accelerator and refuses another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -80,9 +93,18 @@ def full(
     unet.train()
     model, optimizer, scheduler = accelerator.prepare(unet, optimizer, scheduler)
     losses: list[float] = []
+    if resume is not None:
+        unet.load_state_dict(resume["parameters"], strict=False)
+        optimizer.load_state_dict(resume["optimizer"])
+        scheduler.load_state_dict(resume["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resume["scaler"])
+        losses = list(resume["losses"])
+    last = config.max_train_steps if pause_at is None else min(pause_at, config.max_train_steps)
     world, rank = accelerator.num_processes, accelerator.process_index
-    batches = _batches(len(data), config.train_batch_size, world, rank, seed)
-    for step in range(1, config.max_train_steps + 1):
+    seen = len(losses) * config.gradient_accumulation_steps
+    batches = _batches(len(data), config.train_batch_size, world, rank, seed, first=seen)
+    for step in range(len(losses) + 1, last + 1):
         total = 0.0
         for _ in range(config.gradient_accumulation_steps):
             number, rows, positions = next(batches)
@@ -104,12 +126,25 @@ def full(
         losses.append(total / config.gradient_accumulation_steps)
         if on_step is not None:
             on_step(step, losses[-1])
+    paused = None
+    if last < config.max_train_steps:
+        paused = {
+            "losses": losses,
+            "parameters": {name: p.detach() for name, p in unet.named_parameters() if p.requires_grad},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        }
+    # Mixed precision has put a `forward` in front of the class's, and it would outlive this call.
+    vars(unet).pop("forward", None)
+    vars(unet).pop("_original_forward", None)
     unet.eval()
     return AdaptResult(
         losses=losses,
         seconds=time.monotonic() - started,
         trainable_params=sum(parameter.numel() for parameter in trainable),
         optimizer_bytes=_state_bytes(optimizer.state.values()),
+        paused=paused,
     )
 
 
@@ -134,11 +169,11 @@ def _batch_loss(
 
 
 def _batches(
-    num_rows: int, batch_size: int, num_processes: int, process: int, seed: int
+    num_rows: int, batch_size: int, num_processes: int, process: int, seed: int, first: int = 0
 ) -> Iterator[tuple[int, Tensor, list[int]]]:
-    """Endless (number of the global batch, rows of this process, their positions in the global stream)."""
+    """Endless (number of the global batch, rows of this process, their positions in the global stream) from `first`."""
     epoch, order = -1, torch.empty(0)
-    number = 0
+    number = first
     while True:
         start = (number * num_processes + process) * batch_size
         positions = list(range(start, start + batch_size))

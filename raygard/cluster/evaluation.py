@@ -6,21 +6,21 @@ keeps no result that the store does not have. What is in the store is not comput
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from raygard.cluster.coordinator import Measurement
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.evaluation_pool import EvaluationPool, outside_groups
-from raygard.cluster.evaluators import Adaptation, adapt_task, environment
+from raygard.cluster.evaluators import SIGNS_OF_LIFE, Adaptation, adapt_task, base_loss_task, environment
 from raygard.cluster.jobs import (
     BASE,
     EvaluationInputs,
     EvaluationJob,
+    base_loss_content,
     held_out_key,
     job_content,
     job_names,
@@ -30,17 +30,14 @@ from raygard.cluster.jobs import (
 )
 from raygard.cluster.pool import reason
 from raygard.config import RunConfig
-from raygard.diffusion.cache import load_cache
-from raygard.diffusion.loss import DiffusionLoss, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.store import Store, content_key
 
-__all__ = ["EvaluationInputs", "EvaluationJob", "EvaluationPool", "base_loss_task", "run_jobs", "save_result"]
+__all__ = ["EvaluationInputs", "EvaluationJob", "EvaluationPool", "base_loss", "run_jobs", "save_result"]
 
 OnResult = Callable[[dict[str, Any]], None]
-OnMilestone = Callable[[int, dict[str, float]], None]
+OnMilestone = Callable[[int, dict[str, float], float], None]
 
 
 def run_jobs(
@@ -55,9 +52,12 @@ def run_jobs(
 
     A result is the content of result.json (docs/evaluation-actors.md). A failure is {"job_id", "failed": True,
     "stage": "adapt" | "generate" | "score", "reason", "attempts"} and what names the job: one job's failure does not
-    stop the others. on_result(result or failure) is called for each job when it ends. on_milestone(step, losses) is
-    called once for each milestone, in order, when every job that has not failed in its adaptation has reached it;
-    losses: held-out loss by job id. An exception from a callback ends all that was started.
+    stop the others. on_result(result or failure) is called for each job when it ends. on_milestone(step, losses,
+    seconds) is called once for each milestone, in order, when every job that has not failed in its adaptation has
+    reached it; losses: held-out loss by job id, seconds: spent on adaptation so far. With on_milestone, jobs wait for
+    each other at every milestone, and nothing is drawn or scored before the last one's call has returned: who does not
+    return from a call, because the jobs are not worth more, has paid for no more. An exception from a callback ends
+    all that was started.
     Raises RaygardError if a milestone lies beyond the adaptation, or a mask, the cache or the references cannot be
     read.
     """
@@ -75,8 +75,12 @@ class _Plan:
     held_out: str | None
     mask: FreezeMask | None
     indices: list[int] = field(default_factory=list)
-    attempts: int = 0
+    attempts: int = 1
     losses: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
+    # When its adaptation last spoke; None while it waits for its resources, which may take any time.
+    heard: float | None = None
 
 
 class _Run:
@@ -101,6 +105,9 @@ class _Run:
         self.ahead = list(inputs.milestones)
         self.adapting: dict[Any, _Plan] = {}
         self.measuring: dict[Any, _Plan] = {}
+        # At a milestone, and adapted but not to be drawn yet.
+        self.paused: list[_Plan] = []
+        self.adapted: list[_Plan] = []
         self.plans = self._plan()
 
     def run(self) -> list[dict[str, Any]]:
@@ -110,16 +117,20 @@ class _Run:
             for plan in self.plans:
                 self._begin(plan)
             while self.adapting or self.measuring:
-                (ready,), _ = ray.wait([*self.measuring, *self.adapting], num_returns=1)
-                if ready in self.measuring:
-                    self._measured(self.measuring.pop(ready), ray.get(ready))
-                else:
-                    self._next_record(ready)
+                patience = self.config.evaluation.item_timeout_s / SIGNS_OF_LIFE
+                ready, _ = ray.wait([*self.measuring, *self.adapting], num_returns=1, timeout=patience)
+                for found in ready:
+                    if found in self.measuring:
+                        self._measured(found)
+                    else:
+                        self._next_record(found)
+                self._end_silent()
         finally:
             for task in self.adapting:
                 ray.cancel(task, force=True)
             for call in self.measuring:
-                ray.cancel(call)
+                # What the coordinator's actors are on may be of other callers.
+                ray.cancel(call, recursive=False)
         return [self.results[index] for index in range(len(self.jobs))]
 
     def _plan(self) -> list[_Plan]:
@@ -144,11 +155,13 @@ class _Run:
         record = self.store.adapted(plan.key)
         same = record is not None and record["held_out"] == plan.held_out
         known = dict(record["milestones"]) if record is not None and same else {}
+        plan.record = record or {}
         if all(step in known for step in self._steps(plan)) and self._weights_settled(plan, record):
             for step in self._steps(plan):
-                self._reach(plan, step, known[step])
-            self._measure(plan)
+                self._reach(plan, step, known[step], record["seconds"] if record else 0.0)
+            self._go_on(plan, adapted=True)
         else:
+            plan.record = {}
             self.pool.coordinator.warm.remote()
             self._adapt(plan)
 
@@ -163,19 +176,8 @@ class _Run:
         return record is not None and (self.store.has_pictures(plan.key) or self.store.has_tensors(plan.key))
 
     def _adapt(self, plan: _Plan) -> None:
-        import ray
-
-        plan.attempts += 1
-        evaluation = self.config.evaluation
-        # Attempts are counted here, so Ray must not add its own.
-        task = ray.remote(
-            num_cpus=evaluation.cpus_per_job,
-            num_gpus=evaluation.gpus_per_job,
-            num_returns="streaming",
-            max_retries=0,
-            scheduling_strategy=outside_groups(),
-            runtime_env=environment(self.config.engine.torch_threads, evaluation.gpus_per_job),
-        )(adapt_task)
+        plan.heard = None
+        task = _remote(adapt_task, self.config, num_returns="streaming")
         adaptation = Adaptation(
             key=plan.key,
             store=self.inputs.store,
@@ -189,6 +191,7 @@ class _Run:
             untouched=plan.job.defence == BASE,
             milestones=self._steps(plan),
             held_out=plan.held_out,
+            pause_at=next((step for step in self.ahead if step), None) if self.on_milestone is not None else None,
         )
         self.adapting[task.remote(adaptation)] = plan
 
@@ -200,18 +203,47 @@ class _Run:
             record = ray.get(next(stream))
         except StopIteration:
             del self.adapting[stream]
-            self._measure(plan)
+            self._go_on(plan, adapted=bool(plan.record))
         except ray.exceptions.RayError as error:
             del self.adapting[stream]
-            if user_mistake(error) is None and plan.attempts < self.config.evaluation.max_attempts:
-                self._adapt(plan)
-            else:
-                self._fail(plan, "adapt", reason(error), plan.attempts)
+            self._adapt_again(plan, reason(error), hopeless=user_mistake(error) is not None)
         else:
+            plan.heard = time.monotonic()
+            plan.record = record.get("record", plan.record)
             if "step" in record:
-                self._reach(plan, record["step"], record["loss"])
+                self._reach(plan, record["step"], record["loss"], record["seconds"])
 
-    def _reach(self, plan: _Plan, step: int, loss: float) -> None:
+    def _go_on(self, plan: _Plan, *, adapted: bool) -> None:
+        """What follows a task: the next stretch of the adaptation, or pictures; or to wait for the others."""
+        if self.on_milestone is not None and self.ahead and (adapted or self.ahead[0] in plan.losses):
+            (self.adapted if adapted else self.paused).append(plan)
+        elif adapted:
+            self._measure(plan)
+        else:
+            self._adapt(plan)
+
+    def _end_silent(self) -> None:
+        import ray
+
+        limit = self.config.evaluation.item_timeout_s
+        for stream, plan in [*self.adapting.items()]:
+            if plan.heard is None or time.monotonic() - plan.heard < limit:
+                continue
+            # It may have spoken while a callback kept this process from listening.
+            if not ray.wait([stream], timeout=0)[0]:
+                del self.adapting[stream]
+                ray.cancel(stream, force=True)
+                self._adapt_again(plan, f"the adaptation gave no sign of life for {limit:g} s")
+
+    def _adapt_again(self, plan: _Plan, why: str, hopeless: bool = False) -> None:
+        if hopeless or plan.attempts >= self.config.evaluation.max_attempts:
+            self._fail(plan, "adapt", why, plan.attempts)
+        else:
+            plan.attempts += 1
+            self._adapt(plan)
+
+    def _reach(self, plan: _Plan, step: int, loss: float, seconds: float) -> None:
+        plan.seconds = seconds
         for milestone in self.inputs.milestones if plan.job.defence == BASE else (step,):
             plan.losses[milestone] = loss
             for index in plan.indices:
@@ -225,7 +257,14 @@ class _Run:
         while waited and self.ahead and all(job_id in self.reached[self.ahead[0]] for job_id in waited):
             step = self.ahead.pop(0)
             if self.on_milestone is not None:
-                self.on_milestone(step, dict(self.reached[step]))
+                self.on_milestone(step, dict(self.reached[step]), sum(plan.seconds for plan in self.plans))
+            paused, self.paused = self.paused, []
+            for plan in paused:
+                self._go_on(plan, adapted=False)
+        if not self.ahead:
+            adapted, self.adapted = self.adapted, []
+            for plan in adapted:
+                self._measure(plan)
 
     # Pictures and scores
 
@@ -233,7 +272,7 @@ class _Run:
         config = self.config
         done = self.store.score(plan.key, config.evaluation.scorer, plan.references_hash)
         if done is not None:
-            self._measured(plan, done)
+            self._succeed(plan, done)
             return
         measurement = Measurement(
             key=plan.key,
@@ -249,14 +288,25 @@ class _Run:
         )
         self.measuring[self.pool.coordinator.measure.remote(measurement)] = plan
 
-    def _measured(self, plan: _Plan, score: dict[str, Any]) -> None:
+    def _measured(self, call: Any) -> None:
+        import ray
+
+        plan = self.measuring.pop(call)
+        try:
+            score = ray.get(call)
+        except ray.exceptions.RayError as error:
+            self._fail(plan, "score", reason(error), 1)
+            return
         if score.get("failed"):
             self._fail(plan, score["stage"], score["reason"], score["attempts"])
-            return
-        adapted = self.store.adapted(plan.key) or {}
+        else:
+            self._succeed(plan, score)
+
+    def _succeed(self, plan: _Plan, score: dict[str, Any]) -> None:
+        self.store.drop_tensors(plan.key)
         milestones = [[step, plan.losses[step]] for step in self.inputs.milestones]
         for index in plan.indices:
-            result = job_result(self.jobs[index], self.config, plan.mask, plan.captions, adapted, score)
+            result = job_result(self.jobs[index], self.config, plan.mask, plan.captions, plan.record, score)
             self._end(index, {"store": plan.key, **result, "milestones": milestones})
 
     def _fail(self, plan: _Plan, stage: str, why: str, attempts: int) -> None:
@@ -271,10 +321,40 @@ class _Run:
             self.on_result(result)
 
 
-def base_loss_task(config_dict: dict[str, Any], cache: str) -> float:
-    """The release's own loss on the general classes' captions, on fixed noise."""
-    config = RunConfig.model_validate(config_dict)
-    torch.set_num_threads(config.engine.torch_threads)
-    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, None)
-    unet = load_unet(config.model).eval()
-    return held_out_loss(unet, load_cache(Path(cache)), loss, config.seed, config.generation.batch_size, 1)
+def base_loss(config: RunConfig, cache: str, store: str) -> float:
+    """The release's own held-out loss on the general classes, from the store or from a task.
+
+    cache: their latents. Paths are on shared storage. Raises RaygardError with the reason when the task has failed
+    `evaluation.max_attempts` times, or by a user's mistake.
+    """
+    import ray
+
+    content = base_loss_content(config, cache)
+    key, kept = content_key(content), Store(Path(store))
+    loss, attempts = kept.base_loss(key), 0
+    while loss is None:
+        attempts += 1
+        try:
+            loss = float(ray.get(_remote(base_loss_task, config).remote(config.model_dump(mode="json"), cache)))
+        except ray.exceptions.RayError as error:
+            if user_mistake(error) is not None or attempts >= config.evaluation.max_attempts:
+                raise RaygardError(f"the release's own loss on general classes: {reason(error)}") from None
+            continue
+        kept.describe(key, content)
+        kept.write_base_loss(key, loss)
+    return loss
+
+
+def _remote(function: Callable[..., Any], config: RunConfig, **options: Any) -> Any:
+    import ray
+
+    evaluation = config.evaluation
+    # Attempts are counted by the caller, so Ray must not add its own.
+    return ray.remote(
+        num_cpus=evaluation.cpus_per_job,
+        num_gpus=evaluation.gpus_per_job,
+        max_retries=0,
+        scheduling_strategy=outside_groups(),
+        runtime_env=environment(config.engine.torch_threads, evaluation.gpus_per_job),
+        **options,
+    )(function)

@@ -5,6 +5,7 @@ Plain functions and classes; `ray.remote` is put around them where they are star
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import DiffusionLoss, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
 from raygard.errors import RaygardError
+from raygard.files import read_array
 from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
 from raygard.scoring import get_scorer
@@ -35,6 +37,10 @@ from raygard.store import Store, read_pictures
 
 # Draws of noise and timestep for each held-out picture at a milestone.
 HELD_OUT_DRAWS = 4
+# The same for the release's loss on general classes, of which there are many pictures.
+BASE_LOSS_DRAWS = 1
+# An adaptation gives this many signs of life in the time after which silence ends it.
+SIGNS_OF_LIFE = 10
 # What a generator holds after a failed load: neither the base (None) nor any file.
 UNKNOWN = ""
 
@@ -56,7 +62,8 @@ class Adaptation:
 
     mask: folder of the mask, None for full fine-tuning. untouched: nothing is trained, only the release's own
     held-out loss is taken. milestones: optimizer steps after which the held-out loss is taken; 0 is before training.
-    held_out: hash of what the held-out loss is taken on.
+    held_out: hash of what the held-out loss is taken on. pause_at: step after which to pause and write down all that
+    is needed to go on; None runs to the end. A task goes on from where another of the same key has paused.
     """
 
     key: str
@@ -71,11 +78,14 @@ class Adaptation:
     untouched: bool
     milestones: tuple[int, ...]
     held_out: str | None
+    pause_at: int | None = None
 
 
 def adapt_task(adaptation: Adaptation) -> Iterator[dict[str, Any]]:
-    """Fine-tune; yield {"step", "loss"} at each milestone and last {"record": ...}, which is then in the store.
+    """Fine-tune; yield {"step", "loss", "seconds"} at each milestone, seconds being those of the adaptation so far.
 
+    Last comes {"record": ...}, which is then in the store, unless it pauses before its end. In between {"alive": step}:
+    at the start, and after optimizer steps, ten times within `evaluation.item_timeout_s`.
     Raises RaygardError where repeating is of no use (a broken mask, a loss that is not finite).
     """
     records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -91,31 +101,62 @@ def adapt_task(adaptation: Adaptation) -> Iterator[dict[str, Any]]:
 def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> None:
     config = RunConfig.model_validate(adaptation.config)
     torch.set_num_threads(config.engine.torch_threads)
-    started = time.monotonic()
-    unet, base = _unet(config.model.model_dump_json())
-    unet.load_state_dict(base)
-    unet.requires_grad_(True)
+    started = signed = time.monotonic()
+    emit({"alive": 0})
+    pristine = _unet(config.model.model_dump_json())
+    base = pristine.state_dict()
+    # Training leaves more than weights behind: gradients, hooks, a replaced `forward`.
+    unet = copy.deepcopy(pristine).to(_device(config.evaluation.gpus_per_job))
     data = _cache(adaptation.cache)
     scheduler = load_noise_scheduler(config.model)
-    losses: dict[int, float] = {}
+    store, before = Store(Path(adaptation.store)), _paused(adaptation)
+    losses: dict[int, float] = dict(before["milestones"]) if before else {}
+    spent = before["seconds"] if before else 0.0
 
     def at_step(step: int, _loss: float = 0.0) -> None:
+        nonlocal signed
+        if time.monotonic() - signed > config.evaluation.item_timeout_s / SIGNS_OF_LIFE:
+            signed = time.monotonic()
+            emit({"alive": step})
         if step in adaptation.milestones:
             rows = data.subset(data.rows(adaptation.cls, adaptation.reference_part))
             plain = DiffusionLoss(scheduler, config.model.prediction_type, None)
             batch = config.generation.batch_size
             losses[step] = held_out_loss(unet, rows, plain, config.seed, batch, HELD_OUT_DRAWS)
-            emit({"step": step, "loss": losses[step]})
+            emit({"step": step, "loss": losses[step], "seconds": seconds()})
 
-    at_step(0)
+    def seconds() -> float:
+        return round(spent + time.monotonic() - started, 3)
+
+    if before is None:
+        at_step(0)
+    else:
+        for step, value in sorted(losses.items()):
+            emit({"step": step, "loss": value, "seconds": spent})
+        if adaptation.pause_at is not None and before["step"] >= adaptation.pause_at:
+            return
     record: dict[str, Any] = {"losses": [], "trainable_params": 0, "optimizer_bytes": 0, "audit_ok": None}
     tensors: dict[str, Tensor] | None = None
     if not adaptation.untouched:
         mask = FreezeMask.load(adaptation.mask) if adaptation.mask else None
         loss = DiffusionLoss(scheduler, config.model.prediction_type, config.adapt.snr_gamma)
         rows = data.subset(data.rows(adaptation.cls, adaptation.adapt_part))
-        adapt = get_adaptation(config.adapt.method)
-        result = adapt(unet, rows, config.adapt, loss, mask=mask, seed=adaptation.seed, on_step=at_step)
+        result = get_adaptation(config.adapt.method)(
+            unet,
+            rows,
+            config.adapt,
+            loss,
+            mask=mask,
+            seed=adaptation.seed,
+            on_step=at_step,
+            pause_at=adaptation.pause_at,
+            resume=before["state"] if before else None,
+        )
+        if result.paused is not None:
+            reached = {"milestones": sorted(losses.items()), "seconds": seconds(), "held_out": adaptation.held_out}
+            facts = {"step": len(result.losses), **reached, "state": result.paused}
+            store.write_paused(adaptation.key, facts)
+            return
         state = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
         tensors = {name: t for name, t in state.items() if name not in base or not torch.equal(t, base[name])}
         record |= {
@@ -125,16 +166,35 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
         }
         if mask is not None:
             record["audit_ok"] = audit_states(mask.frozen_names, {**base, **mask.values}, state).ok
-    store = Store(Path(adaptation.store))
-    before = store.adapted(adaptation.key) or {"held_out": adaptation.held_out, "milestones": []}
-    held_out = adaptation.held_out or before["held_out"]
-    if before["held_out"] == held_out:
-        losses = {**dict(before["milestones"]), **losses}
+    known = store.adapted(adaptation.key) or {"held_out": adaptation.held_out, "milestones": []}
+    held_out = adaptation.held_out or known["held_out"]
+    if known["held_out"] == held_out:
+        losses = {**dict(known["milestones"]), **losses}
     record["milestones"] = sorted([step, loss] for step, loss in losses.items())
-    record |= {"held_out": held_out, "seconds": round(time.monotonic() - started, 3)}
+    record |= {"held_out": held_out, "seconds": seconds()}
     needed = not store.has_pictures(adaptation.key)
     store.write_adapted(adaptation.key, record, tensors if needed else None)
+    store.drop_paused(adaptation.key)
     emit({"record": record})
+
+
+def _paused(adaptation: Adaptation) -> dict[str, Any] | None:
+    """Where another task of the same key has paused, if its held-out losses are those that are wanted."""
+    found = Store(Path(adaptation.store)).paused(adaptation.key)
+    if found is None or found["held_out"] != adaptation.held_out:
+        return None
+    wanted = {step for step in adaptation.milestones if step <= found["step"]}
+    return found if wanted <= dict(found["milestones"]).keys() else None
+
+
+def base_loss_task(config_dict: dict[str, Any], cache: str) -> float:
+    """The release's own loss on the general classes' captions, on fixed noise."""
+    config = RunConfig.model_validate(config_dict)
+    torch.set_num_threads(config.engine.torch_threads)
+    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, None)
+    unet = load_unet(config.model).to(_device(config.evaluation.gpus_per_job)).eval()
+    rows, batch = load_cache(Path(cache)), config.generation.batch_size
+    return held_out_loss(unet, rows, loss, config.seed, batch, BASE_LOSS_DRAWS)
 
 
 @dataclass(frozen=True)
@@ -241,8 +301,7 @@ def read_references(path: str | Path, cls: str) -> tuple[list[str], NDArray[np.u
     file = Path(path)
     try:
         index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        with np.load(file, allow_pickle=False) as arrays:
-            return index["captions"][cls], arrays[str(index["classes"].index(cls))]
+        return index["captions"][cls], read_array(file, str(index["classes"].index(cls)))
     except (OSError, ValueError, KeyError) as error:
         raise RaygardError(f"no reference pictures of class '{cls}' in {file}: {error}") from None
 
@@ -265,7 +324,7 @@ def _device(gpus: float) -> str:
     if not gpus:
         return "cpu"
     if not torch.cuda.is_available():
-        raise RaygardError("an evaluation actor was given a GPU, but torch sees none in its process; check the driver")
+        raise RaygardError("an evaluation was given a GPU, but torch sees none in its process; check the driver")
     return "cuda"
 
 
@@ -274,9 +333,8 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def _unet(model_json: str) -> tuple[Any, dict[str, Tensor]]:
-    unet = load_unet(ModelConfig.model_validate_json(model_json))
-    return unet, _copy(unet.state_dict())
+def _unet(model_json: str) -> Any:
+    return load_unet(ModelConfig.model_validate_json(model_json))
 
 
 @functools.lru_cache(maxsize=2)

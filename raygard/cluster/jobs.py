@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raygard.cluster.evaluators import HELD_OUT_DRAWS, read_references
+from raygard.cluster.evaluators import BASE_LOSS_DRAWS, HELD_OUT_DRAWS, read_references
 from raygard.config import ModelConfig, RunConfig
 from raygard.diffusion.cache import MANIFEST
 from raygard.diffusion.model import model_fingerprint
@@ -23,6 +23,8 @@ from raygard.mask import FreezeMask
 from raygard.store import Store, content_key
 
 BASE = "base"
+# To be raised with a change after which equal inputs give other results, so that the store's old ones are not taken.
+FORMATS = {"pictures": 1, "held_out": 1, "score": 1, "base_loss": 1}
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -72,7 +74,8 @@ def job_content(
     Raises RaygardError if model or cache cannot be read.
     """
     content: dict[str, Any] = {
-        "model": {"prediction_type": config.model.prediction_type, **_fingerprints(config.model)},
+        "format": FORMATS["pictures"],
+        "model": _model_facts(config.model),
         "class": job.cls,
         "captions": list(captions),
         "generation": config.generation.model_dump(mode="json"),
@@ -93,11 +96,26 @@ def held_out_key(cls: str, inputs: EvaluationInputs, config: RunConfig) -> str |
     if not inputs.milestones:
         return None
     rows = _rows_key(inputs.cache, cls, inputs.reference_part, config)
-    return content_key({"rows": rows, "seed": config.seed, "draws": HELD_OUT_DRAWS})
+    content = {"format": FORMATS["held_out"], "rows": rows, "seed": config.seed, "draws": HELD_OUT_DRAWS}
+    return content_key(content)
+
+
+def base_loss_content(config: RunConfig, cache: str) -> dict[str, Any]:
+    """Everything that decides the release's own loss on the general classes. Raises RaygardError as `job_content`."""
+    return {
+        "format": FORMATS["base_loss"],
+        "model": _model_facts(config.model),
+        "pictures": [[cls, _rows_key(cache, cls, "general", config)] for cls in config.domain.general],
+        "seed": config.seed,
+        "draws": BASE_LOSS_DRAWS,
+    }
 
 
 def reference_facts(references: str, cls: str) -> tuple[list[str], str]:
-    """Captions of a class's reference pictures, and a hash of these pictures. Raises RaygardError as they are read."""
+    """Captions of a class's reference pictures, and a hash of these pictures and of how scores compare with them.
+
+    Raises RaygardError if they cannot be read.
+    """
     path = Path(references)
     # A references file of another run may come to lie at the same path.
     return _reference_facts(references, path.stat().st_mtime_ns if path.exists() else 0, cls)
@@ -176,11 +194,13 @@ def _rows_key(cache: str, cls: str, part: str, config: RunConfig) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _fingerprints(model: ModelConfig) -> dict[str, str]:
-    return {part: model_fingerprint(model, part) for part in MODEL_PARTS}
+def _model_facts(model: ModelConfig) -> dict[str, str | None]:
+    parts = {part: model_fingerprint(model, part) for part in MODEL_PARTS}
+    return {"prediction_type": model.prediction_type, **parts}
 
 
 @functools.lru_cache(maxsize=64)
 def _reference_facts(references: str, mtime_ns: int, cls: str) -> tuple[list[str], str]:
     captions, images = read_references(references, cls)
-    return captions, hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()
+    shape = f"{FORMATS['score']} {images.shape}"
+    return captions, hashlib.sha256(shape.encode() + images.tobytes()).hexdigest()

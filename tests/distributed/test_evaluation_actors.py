@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raygard.cluster.evaluation import EvaluationJob, EvaluationPool, run_jobs, save_result
+from raygard.cluster.evaluation import EvaluationJob, EvaluationPool, base_loss, run_jobs, save_result
 from raygard.diffusion.generate import generate
 from raygard.diffusion.model import load_pipeline
 from raygard.errors import RaygardError
@@ -55,7 +58,7 @@ def measured(bench, pool, tmp_path_factory):
         jobs,
         bench.inputs(bench.config(), store, MILESTONES),
         pool,
-        on_milestone=lambda step, losses: passed.append((step, losses)),
+        on_milestone=lambda step, losses, _: passed.append((step, losses)),
     )
     return results, store, passed
 
@@ -126,7 +129,7 @@ def test_nothing_is_computed_twice(bench, pool, measured) -> None:
         bench.jobs("none", "freeze", "base", classes="ac"),
         bench.inputs(bench.config(), store, MILESTONES),
         pool,
-        on_milestone=lambda step, _: passed.append(step),
+        on_milestone=lambda step, *_: passed.append(step),
     )
     assert again == results and passed == list(MILESTONES)
     assert done(pool) == counts
@@ -173,21 +176,6 @@ def test_milestones_do_not_change_the_adaptation(bench, pool, measured, tmp_path
     (plain,) = run_jobs(bench.jobs("none", classes="c"), bench.inputs(bench.config(), tmp_path), pool)
     assert plain["losses"] == results[1]["losses"] and plain["distances"] == results[1]["distances"]
     assert plain["milestones"] == []
-
-
-@pytest.mark.parametrize(
-    "override", ["seed=1", "adapt.learning_rate=2e-3", "generation.guidance_scale=2", "generation.num_images=4"]
-)
-def test_what_decides_a_result_decides_its_key(bench, measured, override) -> None:
-    from raygard.cluster.jobs import job_content, reference_facts
-    from raygard.store import content_key
-
-    results, store, _ = measured
-    config = bench.config(override)
-    inputs = bench.inputs(config, store)
-    captions = reference_facts(inputs.references, "a")[0][: config.generation.num_images]
-    content = job_content(bench.jobs("none", classes="a")[0], inputs, config, None, captions)
-    assert content_key(content) != results[0]["store"]
 
 
 def test_a_job_that_cannot_adapt_is_reported_and_the_others_finish(bench, pool, tmp_path) -> None:
@@ -263,13 +251,133 @@ def test_an_exception_from_a_callback_ends_what_was_started(bench, pool, tmp_pat
     class Pruned(Exception):
         pass
 
-    def stop(_step: int, _losses: dict[str, float]) -> None:
+    def stop(*_: object) -> None:
         raise Pruned
 
     config = bench.config("adapt.max_train_steps=100000")
     with pytest.raises(Pruned):
         run_jobs(bench.jobs("none", classes="ab"), bench.inputs(config, tmp_path, (2,)), pool, on_milestone=stop)
     wait_for(lambda: not adaptations())
+
+
+def test_jobs_that_are_not_worth_more_have_cost_no_more_and_can_go_on(bench, pool, measured, tmp_path) -> None:
+    class Pruned(Exception):
+        pass
+
+    def prune(step: int, *_: object) -> None:
+        if step == MILESTONES[1]:
+            raise Pruned
+
+    jobs, inputs = bench.jobs("none", classes="ac"), bench.inputs(bench.config(), tmp_path, MILESTONES)
+    before, store = done(pool), Store(tmp_path)
+    with pytest.raises(Pruned):
+        run_jobs(jobs, inputs, pool, on_milestone=prune)
+    wait_for(lambda: not adaptations())
+    keys = [folder.name for folder in tmp_path.iterdir()]
+    assert len(keys) == 2 and done(pool) == before
+    assert [store.adapted(key) for key in keys] == [None, None]
+    assert [store.paused(key)["step"] for key in keys] == [MILESTONES[1]] * 2
+    straight = {result["job_id"]: result for result in measured[0]}
+    for result in run_jobs(jobs, inputs, pool, on_milestone=lambda *_: None):
+        assert result["losses"] == straight[result["job_id"]]["losses"]
+        assert result["distances"] == straight[result["job_id"]]["distances"]
+    assert [store.paused(key) for key in keys] == [None, None]
+
+
+def test_a_caller_that_stops_does_not_disturb_another(bench, pool, tmp_path) -> None:
+    config = bench.config("generation.num_inference_steps=100")
+    mine, theirs = (bench.inputs(config, tmp_path / name) for name in ("mine", "theirs"))
+    run_jobs(bench.jobs("base", classes="a"), mine, pool)
+    drawn, (scorer,), running = done(pool)[0], pool.status()["scorers"]["workers"], []
+
+    # What is in the store ends at once, when c is not yet drawn.
+    def stop(_result: dict[str, object]) -> None:
+        running.append(ray.remote(num_cpus=0)(Trial).remote(pool).run.remote(bench.jobs("base", classes="bd"), theirs))
+        # The generator has gone on from the items of c to those of the other caller.
+        wait_for(lambda: done(pool)[0] > drawn + 3)
+        raise KeyboardInterrupt
+
+    # Without a scorer c cannot end.
+    os.kill(scorer["pid"], signal.SIGSTOP)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([*bench.jobs("base", classes="c"), *bench.jobs("base", classes="a")], mine, pool, on_result=stop)
+    finally:
+        os.kill(scorer["pid"], signal.SIGCONT)
+    results = ray.get(running[0])
+    assert assert_each_picture_scored_once(results, tmp_path / "theirs") == 6
+    for result in results:
+        score = json.loads(
+            (Store(tmp_path / "theirs").folder(result["store"]) / "score-style_enlite0.json").read_text()
+        )
+        assert [(item["generate_attempts"], item["score_attempts"]) for item in score["items"]] == [(1, 1)] * 3
+
+
+def test_a_stopped_adaptation_is_ended_and_repeated(bench, pool, tmp_path) -> None:
+    steps, stopped = 600, []
+
+    def freeze(*_: object) -> None:
+        stopped.extend(adaptations())
+        for process in stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+
+    config = bench.config(f"adapt.max_train_steps={steps}", "evaluation.item_timeout_s=30")
+    jobs = bench.jobs("none", classes="a")
+    (result,) = run_jobs(jobs, bench.inputs(config, tmp_path, (0,)), pool, on_milestone=freeze)
+    assert len(stopped) == 1 and len(result["losses"]) == steps
+    wait_for(lambda: not stopped[0].is_running())
+
+
+def test_a_stopped_adaptation_is_reported_after_its_last_attempt(bench, pool, tmp_path) -> None:
+    def freeze(*_: object) -> None:
+        for process in adaptations():
+            os.kill(process.pid, signal.SIGSTOP)
+
+    overrides = ("adapt.max_train_steps=100000", "evaluation.item_timeout_s=10", "evaluation.max_attempts=1")
+    jobs = bench.jobs("none", classes="a")
+    (failure,) = run_jobs(jobs, bench.inputs(bench.config(*overrides), tmp_path, (0,)), pool, on_milestone=freeze)
+    assert (failure["stage"], failure["attempts"]) == ("adapt", 1)
+    assert failure["reason"] == "the adaptation gave no sign of life for 10 s"
+    wait_for(lambda: not adaptations())
+
+
+def test_record_of_an_adaptation_is_not_read_again(bench, pool, measured, tmp_path) -> None:
+    # As from shared storage that shows a new file late.
+    thread = threading.Thread(target=lambda: wait_for(lambda: [*tmp_path.glob("*/adapted.json")])[0].unlink())
+    thread.start()
+    config = bench.config("generation.num_inference_steps=100")
+    (result,) = run_jobs(bench.jobs("none", classes="a"), bench.inputs(config, tmp_path), pool)
+    thread.join()
+    assert not list(tmp_path.glob("*/adapted.json"))
+    expected = measured[0][0]
+    for name in ("losses", "trainable_params", "optimizer_bytes", "audit_ok"):
+        assert result[name] == expected[name]
+
+
+def test_a_dead_coordinator_fails_its_jobs_and_not_the_run(bench, ray_cluster, tmp_path) -> None:
+    with EvaluationPool.start(bench.config()) as pool:
+        inputs = bench.inputs(bench.config(), tmp_path, (0,))
+        jobs = bench.jobs("base", classes="ac")
+        failures = run_jobs(jobs, inputs, pool, on_milestone=lambda *_: pool.stop())
+    assert [(failure["job_id"], failure["stage"]) for failure in failures] == [(job.job_id, "score") for job in jobs]
+    assert all("\n" not in failure["reason"] for failure in failures)
+
+
+def test_loss_of_the_release_is_kept_and_a_mistake_is_one_line(bench, ray_cluster, tmp_path) -> None:
+    config = bench.config("domain.general=[c]", "domain.legal=[d]")
+    cache = bench.inputs(config, tmp_path).cache
+    loss = base_loss(config, cache, str(tmp_path))
+    (record,) = tmp_path.glob("*/base-loss.json")
+    assert json.loads(record.read_text()) == {"loss": loss} and loss > 0
+    shutil.copytree(bench.root / "sd", tmp_path / "sd")
+    weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    broken = bench.config(
+        "domain.general=[c]", "domain.legal=[d]", f"model.pretrained_model_name_or_path={tmp_path / 'sd'}"
+    )
+    with pytest.raises(RaygardError, match="the release's own loss on general classes: ") as caught:
+        base_loss(broken, cache, str(tmp_path))
+    assert "\n" not in str(caught.value) and "Error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("milestones", [(5,), (-1,), (2, 1), (1, 1)])

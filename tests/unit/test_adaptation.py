@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import raygard
 from raygard.adaptation import ADAPTATIONS, AdaptResult, full, get_adaptation, register
+from raygard.cluster.evaluators import Adaptation, adapt_task
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.diffusion.cache import LatentSet, TextRows
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
+from raygard.store import Store
+from tests.evaluation_bench import PARTS, Bench, make_bench
 
 SETTINGS = AdaptConfig(max_train_steps=4, learning_rate=1e-3, train_batch_size=2)
 
@@ -109,6 +113,98 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tiny_model: ModelConfig) 
         adapted(tiny_model, data=latent_set().subset([]))
 
 
+def test_precision_of_an_adaptation_does_not_outlive_it(tiny_model: ModelConfig) -> None:
+    alone, result = adapted(tiny_model)
+    mixed, _ = adapted(tiny_model, SETTINGS.model_copy(update={"mixed_precision": "bf16"}))
+    after, again = adapted(tiny_model)
+    assert states_equal(alone, after) and result.losses == again.losses
+    assert not states_equal(alone, mixed)
+    plain = load_unet(tiny_model).eval()
+    plain.load_state_dict(mixed.state_dict())
+    sample, text = torch.ones(1, 4, 8, 8), torch.ones(1, 8, 16)
+    assert torch.equal(mixed(sample, 1, text).sample, plain(sample, 1, text).sample)
+
+
+def test_gradients_of_a_broken_adaptation_are_not_added(tiny_model: ModelConfig) -> None:
+    settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": 3, "train_batch_size": 1})
+    alone, _ = adapted(tiny_model, settings)
+    broken, good, loss = latent_set(), latent_set(), DiffusionLoss(load_noise_scheduler(tiny_model))
+    unet = load_unet(tiny_model)
+    base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    finite: list[int] = []
+
+    class Spy(LatentSet):
+        def latents(self, rows: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+            finite.append(len(finite))
+            return super().latents(rows, eps) * (torch.nan if len(finite) == 2 else 1)
+
+    spy = Spy(broken.mean, broken.std, broken.text, broken.classes, broken.captions, broken.parts)
+    with pytest.raises(RaygardError, match="the loss is nan at step 1"):
+        full(unet, spy, settings, loss, mask=None, seed=0)
+    unet.load_state_dict(base)
+    full(unet, good, settings, loss, mask=None, seed=0)
+    assert states_equal(alone, unet)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("bench"), tiny_maker, imagefolder_maker)
+
+
+def run_task(bench: Bench, store: Path, *overrides: str, untouched: bool = False) -> list[dict]:
+    """What an adaptation task reports that runs in this process."""
+    config = bench.config(*overrides)
+    inputs = bench.inputs(config, store)
+    adaptation = Adaptation(
+        key="k", store=str(store), config=inputs.config, cache=inputs.cache, cls="a", adapt_part=PARTS[0],
+        reference_part=PARTS[1], seed=0, mask=None, untouched=untouched, milestones=(0,) if untouched else (0, 2, 4),
+        held_out="h",
+    )  # fmt: skip
+    return list(adapt_task(adaptation))
+
+
+def milestones(reports: list[dict]) -> list[tuple[int, float]]:
+    return [(report["step"], report["loss"]) for report in reports if "step" in report]
+
+
+def test_adaptations_that_share_a_process_do_not_touch_each_other(bench: Bench, tmp_path: Path) -> None:
+    base = milestones(run_task(bench, tmp_path / "base", untouched=True))
+    alone = milestones(run_task(bench, tmp_path / "alone"))
+    mixed = milestones(run_task(bench, tmp_path / "mixed", "adapt.mixed_precision=bf16"))
+    with pytest.raises(RaygardError, match="the loss is"):
+        run_task(bench, tmp_path / "broken", "adapt.learning_rate=1e30", "adapt.gradient_accumulation_steps=2")
+    assert milestones(run_task(bench, tmp_path / "base again", untouched=True)) == base
+    assert milestones(run_task(bench, tmp_path / "after")) == alone
+    assert alone[0] == mixed[0] == base[0] and alone[1:] != mixed[1:]
+    first, second = (load_file(Store(tmp_path / name).tensors_file("k")) for name in ("alone", "after"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_long_adaptation_gives_signs_of_life(bench: Bench, tmp_path: Path) -> None:
+    signs = [r["alive"] for r in run_task(bench, tmp_path, "evaluation.item_timeout_s=0.001") if "alive" in r]
+    # Each step takes longer than a tenth of the limit.
+    assert signs == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_adaptation_that_pauses_equals_a_straight_one(tiny_model: ModelConfig, tmp_path: Path, accumulation) -> None:
+    settings = SETTINGS.model_copy(
+        update={"lr_scheduler": "cosine", "gradient_accumulation_steps": accumulation, "max_train_steps": 5}
+    )
+    straight, whole = adapted(tiny_model, settings, frozen=["conv_in.weight"])
+    loss, data = DiffusionLoss(load_noise_scheduler(tiny_model)), latent_set()
+    state = None
+    for pause_at in (2, 3, None):
+        # Each stretch begins with the released model, as it does in a process of its own.
+        unet = load_unet(tiny_model)
+        mask = FreezeMask.create(unet, ["conv_in.weight"])
+        part = full(unet, data, settings, loss, mask=mask, seed=0, pause_at=pause_at, resume=state)
+        Store(tmp_path).write_paused("key", part.paused or {})
+        state = Store(tmp_path).paused("key")
+    assert part.paused is None and part.losses == whole.losses and states_equal(unet, straight)
+    assert part.optimizer_bytes == whole.optimizer_bytes
+
+
 def test_learning_rate_schedule_is_followed(tiny_model: ModelConfig) -> None:
     still = SETTINGS.model_copy(update={"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10**9})
     base = dict(load_unet(tiny_model).named_parameters())
@@ -146,8 +242,6 @@ if PartialState().is_main_process:
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_two_processes_equal_one_with_twice_the_batch(tiny_model: ModelConfig, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     script, out = tmp_path / "adapt.py", tmp_path / "out"
     script.write_text(SCRIPT)
     with socket.socket() as probe:
