@@ -238,7 +238,7 @@ class EvaluationConfig(Section):
     scorer_gpus: float = Field(0.0, ge=0)
     actor_threads: int = Field(1, ge=1, description="CPU threads of each generator and scorer")
     max_attempts: int = Field(3, ge=1, description="after so many failures an item is reported and left out")
-    item_timeout_s: float = Field(600.0, gt=0, description="an actor silent for longer is replaced")
+    item_timeout_s: float = Field(600.0, gt=0, description="an actor or adaptation silent for longer is replaced")
 
     @field_validator("defences", "mask_seeds", "adaptation_seeds")
     @classmethod

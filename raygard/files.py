@@ -67,12 +67,16 @@ def write_text(path: Path, text: str, *, keep_same: bool = False) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+# What numpy lets through for an npz file that is torn, or is none.
+DAMAGED_ARCHIVE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 def read_array(path: Path, name: str) -> NDArray[Any]:
     """One array of an npz file. Raises RaygardError if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_ARCHIVE as error:
         raise RaygardError(f"cannot read {path}: {error}; delete it and run again") from None
 
 

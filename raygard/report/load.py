@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from raygard.errors import RaygardError
+from raygard.files import DAMAGED_ARCHIVE
 
 Pictures = NDArray[np.uint8]
 
@@ -29,7 +30,7 @@ class RunFiles:
             return None
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except DAMAGED_ARCHIVE as error:
             raise RaygardError(f"cannot read {file}: {error}") from None
 
     def _history(self, file: Path) -> list[dict[str, Any]]:
@@ -107,5 +108,5 @@ class RunFiles:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError) as error:
+        except DAMAGED_ARCHIVE as error:
             raise RaygardError(f"cannot read {file}: {error}") from None
