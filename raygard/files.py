@@ -49,16 +49,17 @@ def scratch(path: Path, *, keep_same: bool = False) -> Iterator[Path]:
     """A file to write, renamed to `path` at the end; of a name no other process on any node can have.
 
     Readers see the old content or the new, never a part. keep_same: a file that has this content already is left
-    alone, with the time it was written.
+    alone, with the time it was written. Raises RaygardError for a full disk or a folder that cannot be written.
     """
     file = path.with_name(f".{path.name}.{uuid.uuid4().hex}{SCRATCH}")
-    try:
-        yield file
-        _flush(file)
-        if not (keep_same and _same(file, path)):
-            os.replace(file, path)
-    finally:
-        file.unlink(missing_ok=True)
+    with readable_disk_errors(path):
+        try:
+            yield file
+            _flush(file)
+            if not (keep_same and _same(file, path)):
+                os.replace(file, path)
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, keep_same: bool = False) -> None:
