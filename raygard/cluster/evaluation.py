@@ -204,6 +204,7 @@ class _Run:
         except StopIteration:
             del self.adapting[stream]
             self._go_on(plan, adapted=bool(plan.record))
+            self._pass_milestones()
         except ray.exceptions.RayError as error:
             del self.adapting[stream]
             self._adapt_again(plan, reason(error), hopeless=user_mistake(error) is not None)
@@ -255,6 +256,9 @@ class _Run:
             job.job_id for index, job in enumerate(self.jobs) if self.results.get(index, {}).get("stage") != "adapt"
         ]
         while waited and self.ahead and all(job_id in self.reached[self.ahead[0]] for job_id in waited):
+            # Who has reached it has written down how to go on only when the task has ended.
+            if self.on_milestone is not None and self.ahead[0] > 0 and self.adapting:
+                return
             step = self.ahead.pop(0)
             if self.on_milestone is not None:
                 self.on_milestone(step, dict(self.reached[step]), sum(plan.seconds for plan in self.plans))

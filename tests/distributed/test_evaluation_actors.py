@@ -201,7 +201,7 @@ def test_a_job_that_cannot_adapt_is_reported_and_the_others_finish(bench, pool, 
     assert failure in ({**names, **held_out}, {**names, **trained})
     assert len(result["distances"]) == NUM_IMAGES
     assert sorted(ended) == sorted(job.job_id for job in jobs)
-    assert [(step, list(losses)) for step, losses in passed] == [(4, [result["job_id"]])]
+    assert [(step, list(losses)) for step, losses, _ in passed] == [(4, [result["job_id"]])]
 
 
 def test_processes_have_their_own_threads_and_devices(pool, measured) -> None:
