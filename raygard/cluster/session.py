@@ -14,6 +14,7 @@ from raygard.errors import RaygardError
 
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024 * 1024
 STARTUP_CONCURRENCY = 8
+IDLE_WORKER_MS = 60_000
 LOOPBACK = "127.0.0.1"
 
 
@@ -45,8 +46,12 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
             "dashboard_host": LOOPBACK,
             "dashboard_port": port,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
-            # A search starts many small processes; below this Ray warns of each batch of them.
-            "_system_config": {"worker_maximum_startup_concurrency": STARTUP_CONCURRENCY},
+            # A search starts many small processes: Ray warns of each batch beyond the first number, and ends a process
+            # that idles for a second when there are more than CPUs, though the next user would need it again.
+            "_system_config": {
+                "worker_maximum_startup_concurrency": STARTUP_CONCURRENCY,
+                "idle_worker_killing_time_threshold_ms": IDLE_WORKER_MS,
+            },
         }
     try:
         # Ray Train asks the state API, from worker processes, whether a run still lives. Unless these know their own

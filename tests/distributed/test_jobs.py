@@ -111,6 +111,7 @@ def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, 
         "search.mode=one_ranking",
         "search.inner_steps=[2]",
         "search.controls=[]",
+        "search.fidelities=[1.0]",
         "evaluation.defences=[none,freeze]",
     )
     done = submit(head, "python", "jobs/search.py", *configs, "--out", str(out), "--quiet", *shared, *own, timeout=1300)
