@@ -31,7 +31,7 @@ from raygard.cluster.trial import rung_times, shares
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.progress import Progress
-from raygard.search.choice import choose, measure
+from raygard.search.choice import choose, measure, pick_of
 from raygard.search.proxy import Evidence
 from raygard.search_flow import SearchFlow
 
@@ -116,7 +116,7 @@ def _pick(config: RunConfig, candidates: Sequence[dict[str, Any]]) -> str:
         config_hash="",
         seed=config.seed,
     )
-    return str((choice["chosen"] or choice["nearest"])["candidate_id"])
+    return str(pick_of(choice)["candidate_id"])
 
 
 def compare(config: RunConfig, separate: Content, shared: Content) -> dict[str, Any]:

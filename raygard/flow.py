@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from raygard.adaptation import get_adaptation
-from raygard.config import RunConfig, config_hash, flatten
+from raygard.config import SCHEDULING, RunConfig, config_hash, flatten
 from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import model_fingerprint, with_resolution
@@ -267,14 +267,7 @@ class Flow:
                 exclude |= {"illegal_weight", "legal_weight"}
                 found[section] = config.bilevel.model_dump(mode="json", exclude=exclude)
             elif section == "engine":
-                exclude = {
-                    "max_failures",
-                    "checkpoints_total_limit",
-                    "timeout_s",
-                    "cpus_per_worker",
-                    "torch_threads",
-                }
-                found[section] = config.engine.model_dump(mode="json", exclude=exclude)
+                found[section] = config.engine.model_dump(mode="json", exclude=SCHEDULING["engine"])
             else:
                 found[section] = getattr(config, section).model_dump(mode="json")
         return found
@@ -301,10 +294,10 @@ class Flow:
         listing = json.dumps({"classes": list(classes), "captions": captions})
         with readable_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # Actors may be reading what an earlier start has written.
-            with scratch(path, keep_same=True) as file, file.open("wb") as stream:
-                np.savez_compressed(stream, allow_pickle=False, **arrays)
-            write_text(path.with_suffix(".json"), listing, keep_same=True)
+        # Actors may be reading what an earlier start has written.
+        with scratch(path, keep_same=True) as file, file.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        write_text(path.with_suffix(".json"), listing, keep_same=True)
         return path
 
     def _save_masks(self, folder: Path, masks: Sequence[FreezeMask]) -> dict[tuple[str, int], str]:

@@ -25,7 +25,7 @@ from raygard.mask import FreezeMask
 from raygard.outcome import LEARNED, build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
-from raygard.search.choice import best_by_ratio, choose, with_outcome
+from raygard.search.choice import best_by_ratio, choose, pick_of, with_outcome
 from raygard.search.proxy import Evidence, with_predictions
 from raygard.search.proxy import summary as proxy_summary
 from raygard.search.space import Point, grid, milestones, num_trials, trial_config
@@ -346,7 +346,7 @@ class SearchFlow:
         """The chosen mask as `mask/`; one over the budget is kept apart, so that nobody releases it by accident."""
         name, other = ("mask", "nearest-mask") if choice["chosen"] else ("nearest-mask", "mask")
         shutil.rmtree(self.dir / other, ignore_errors=True)
-        FreezeMask.load(self.dir / (choice["chosen"] or choice["nearest"])["mask"]).save(self.dir / name)
+        FreezeMask.load(self.dir / pick_of(choice)["mask"]).save(self.dir / name)
 
     def _timed(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
         started = time.monotonic()
@@ -358,11 +358,6 @@ class SearchFlow:
         # A search that is resumed has cost what its earlier attempts took as well.
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
         self.dir.note(search_seconds=self.seconds)
-
-
-def pick_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The chosen candidate or, where none meets the budget, the nearest."""
-    return choice["chosen"] or choice["nearest"]
 
 
 def learned_entry(outcome: Mapping[str, Any]) -> dict[str, Any]:

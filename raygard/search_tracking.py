@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raygard.flow import Flow
+from raygard.search.choice import pick_of
 from raygard.search.space import dimensions
 from raygard.search.tables import point_settings
 from raygard.tracking import DOMAIN_TAG, MASK_TAG, RunHandle, track_job
@@ -86,7 +87,7 @@ class SearchTracking:
         if candidate["incomplete"]:
             run.tags({"raygard.incomplete": ", ".join(candidate["incomplete"])})
         values = {name: candidate[name] for name in SCORES if candidate[name] is not None}
-        for name in ("mitigation", "legal_impact"):
+        for name in PARTS:
             if candidate[f"{name}_ci"] is not None:
                 values[f"{name}_low"], values[f"{name}_high"] = candidate[f"{name}_ci"]
         run.metrics(values, step=0)
@@ -98,7 +99,7 @@ class SearchTracking:
     def finish(self, search: Mapping[str, Any], choice: Mapping[str, Any], report: Path) -> None:
         """The choice on the parent run, its files, and the chosen mask in the model registry."""
         self._proxy_scores(search)
-        pick, outcome = choice["chosen"] or choice["nearest"], reported(choice)
+        pick, outcome = pick_of(choice), reported(choice)
         values = {f"chosen_{name}": pick[name] for name in ("p", "T", "L")}
         values |= {f"select_{name}": pick[name] for name in PARTS}
         values |= outcome

@@ -172,8 +172,8 @@ class Store:
         folder = self.folder(key)
         with readable_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with scratch(folder / name) as file:
-                yield file
+        with scratch(folder / name) as file:
+            yield file
 
 
 def read_pictures(path: str | Path) -> NDArray[np.uint8]:

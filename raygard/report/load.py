@@ -30,7 +30,7 @@ class RunFiles:
             return None
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except DAMAGED_ARCHIVE as error:
+        except (OSError, ValueError) as error:
             raise RaygardError(f"cannot read {file}: {error}") from None
 
     def _history(self, file: Path) -> list[dict[str, Any]]:

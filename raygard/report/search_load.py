@@ -9,7 +9,7 @@ from typing import Any
 
 from raygard.errors import RaygardError
 from raygard.report.load import RunFiles
-from raygard.search.choice import best_by_ratio
+from raygard.search.choice import best_by_ratio, pick_of
 from raygard.search.proxy import is_finite
 
 SEARCH, CHOICE, FINAL, FINAL_REPORT = "search.json", "choice.json", "final/outcome.json", "final/report.html"
@@ -83,9 +83,9 @@ class SearchFiles(RunFiles):
         return [found[p] for p in sorted(found)]
 
     @property
-    def pick(self) -> dict[str, Any] | None:
+    def pick(self) -> Candidate | None:
         """The chosen candidate or, where none meets the budget, the nearest."""
-        return None if self.choice is None else self.choice["chosen"] or self.choice["nearest"]
+        return None if self.choice is None else pick_of(self.choice)
 
     @property
     def pick_id(self) -> str | None:

@@ -89,6 +89,11 @@ def with_outcome(
     return _finished({**choice, "outcome": outcome, "outcome_over_seeds": mean})
 
 
+def pick_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The chosen candidate or, where none meets the budget, the nearest."""
+    return choice["chosen"] or choice["nearest"]
+
+
 def best_by_ratio(candidates: Iterable[Candidate]) -> dict[float, Candidate]:
     """The scored candidate of highest score for each p, p ascending; none that lacks a counted class."""
     best: dict[float, Candidate] = {}
@@ -154,7 +159,7 @@ def measure(value: float | None, interval: Sequence[float] | None) -> str:
 
 
 def _statement(choice: Mapping[str, Any]) -> str:
-    pick, budget, count = choice["chosen"] or choice["nearest"], choice["legal_budget"], choice["considered"]
+    pick, budget, count = pick_of(choice), choice["legal_budget"], choice["considered"]
     point = f"p = {pick['p']:g} (T = {pick['T']:g}, L = {pick['L']})"
     scored = f"publisher half, {count} candidate{'s' * (count > 1)} scored"
     if choice["meets_budget"]:

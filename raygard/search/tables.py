@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raygard.search.choice import measure, over_seeds_words
+from raygard.search.choice import measure, over_seeds_words, pick_of
 
 SETTINGS = ("p", "T", "L", "K", "rule", "illegal_weight", "legal_weight")
 SHARES = ("freeze_ratio", "param_share")
@@ -140,7 +140,7 @@ def _aligned(lines: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 
 def _domain_row(search: Content, choice: Content) -> list[str]:
-    pick = choice["chosen"] or choice["nearest"]
+    pick = pick_of(choice)
     p = _setting(pick["p"])
     numbers = ["not scored"] * 2 if choice["outcome"] is None else _measured(choice["outcome"])
     return [
