@@ -199,11 +199,13 @@ def over_seeds_words(mean: Mapping[str, Any]) -> str:
 
 
 def _user_half_verdict(outcome: Mapping[str, Any], budget: float) -> list[str]:
+    mitigation = outcome["mitigation_ci"]
+    sentences = [] if mitigation and mitigation[0] > 0 else ["There it is not shown to block anything."]
     if outcome["legal_impact_ci"] is None:
-        return ["Its legal impact cannot be measured there."]
+        return [*sentences, "Its legal impact cannot be measured there."]
     upper = _upper(outcome)
     words = "is within the budget" if upper <= budget else f"exceeds the budget of {budget:g}"
-    return [f"There the upper bound of legal impact, {upper:.4g}, {words}."]
+    return [*sentences, f"There the upper bound of legal impact, {upper:.4g}, {words}."]
 
 
 def _both(numbers: Mapping[str, Any]) -> str:

@@ -244,3 +244,9 @@ def test_what_the_intervals_are_conditional_on_is_recorded_and_said():
     plain = chosen_from([candidate("a")])
     assert (plain["notes"], plain["resolvable_legal_impact"]) == ([], None)
     assert "intervals" not in plain["statement"] and "resolve" not in plain["statement"]
+
+
+@pytest.mark.parametrize(("low", "shown"), [(-0.01, False), (0.0, False), (0.01, True)])
+def test_a_mask_that_blocks_nothing_on_the_user_half_is_said_to(low, shown) -> None:
+    choice = with_outcome(chosen_from([candidate("a")]), numbers(mitigation=0.05, mitigation_ci=[low, 0.2]))
+    assert ("There it is not shown to block anything." in choice["statement"]) is not shown
