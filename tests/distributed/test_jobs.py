@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from raygard.cluster.session import IDLE_WORKER_MS
 from raygard.mask import FreezeMask
 from tests.faults.test_driver_killed import end_group
 from tests.search_fixtures import SETTINGS
@@ -69,6 +70,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}", "--num-cpus=2",
         # The agent starts jobs; its usual port may be taken by another cluster of this machine.
         f"--dashboard-agent-listen-port={agent}", "--object-store-memory=200000000", "--disable-usage-stats",
+        f'--system-config={{"idle_worker_killing_time_threshold_ms": {IDLE_WORKER_MS}}}',
     ]  # fmt: skip
     log = (home / "head.log").open("w")
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
