@@ -1,0 +1,131 @@
+"""Does a rule block the illegal and let the legal through? By scorer and by held-out loss, on the publisher half.
+
+    python benchmarks/selectivity.py --rules all --domain emoji-styles --seeds 3 [--p 0.3] [--attacks plain,longer] \
+        [--swap] [--cache DIR] [--results FILE] [KEY=VALUE ...]
+
+For each rule, p and seed one mask is made; for each attack one user adapts to each class under it. Every run is
+appended to the results file, also the bad ones. Printed: blocked adaptation of illegal, legal and *unseen* classes
+(legal ones that no rule may look at), mean over seeds with a 95 % t-interval, and the rise of the release's own loss
+on general captions. --swap exchanges illegal and legal: what selects must then select the other way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.selectivity_bench import ATTACKS, Bench, blocked  # noqa: E402
+from benchmarks.selectivity_rules import RULES  # noqa: E402
+from raygard.config_file import load_config  # noqa: E402
+
+# What the domain overrides in jobs/configs/search.yaml, and its unseen classes.
+DOMAINS: dict[str, tuple[list[str], list[str]]] = {
+    "emoji-styles": (
+        ["domain.illegal=[Noto Line]", "domain.legal=[Fluent High Contrast]"],
+        ["EmojiOne Monotone"],
+    ),
+}
+COLUMNS = [(role, measure) for measure in ("distance", "loss") for role in ("illegal", "legal", "unseen")]
+
+
+def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Make one mask and measure it; a row for each attack."""
+    started = time.monotonic()
+    mask = RULES[rule](bench, p, seed)
+    learn_seconds = time.monotonic() - started
+    rise = bench.general_loss(mask) / bench.general_loss(None) - 1
+    for name in attacks:
+        users = bench.measure(mask, ATTACKS[name], bench.config.evaluation.adaptation_seeds)
+        yield {
+            "rule": rule,
+            "p": p,
+            "seed": seed,
+            "attack": name,
+            **{f"{role} {measure}": blocked(users, role, measure) for role, measure in COLUMNS},
+            "general_loss_rise": rise,
+            "param_share": mask.ratio_by_params,
+            "learn_seconds": round(learn_seconds, 1),
+            "users": [asdict(user) for user in users],
+        }
+
+
+def interval(values: Sequence[float | None]) -> str:
+    """Mean and 95 % t-interval over seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = statistics.fmean(known)
+    if len(known) < 2:
+        return f"{mean:+.2f}"
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each rule, p and attack."""
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["rule"], row["p"], row["attack"]), []).append(row)
+    heads = "".join(f"{f'{role}, {measure}':<22}" for role, measure in COLUMNS)
+    lines = [f"{'rule':<15}{'p':>5} {'attack':<11}{'seeds':>6}{'params':>7}  {heads}general loss"]
+    for (rule, p, attack), own in sorted(groups.items()):
+        cells = "".join(f"{interval([row[f'{role} {measure}'] for row in own]):<22}" for role, measure in COLUMNS)
+        share, rise = (statistics.fmean(row[name] for row in own) for name in ("param_share", "general_loss_rise"))
+        lines.append(f"{rule:<15}{p:>5g} {attack:<11}{len(own):>6}{share:>7.1%}  {cells}{rise:+.1%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", default="all", help=f"all, or some of {','.join(RULES)}")
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="emoji-styles")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--p", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--attacks", default="plain", help=f"some of {','.join(ATTACKS)}")
+    parser.add_argument("--swap", action="store_true", help="exchange illegal and legal classes")
+    parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "selectivity.jsonl")
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    arguments = parser.parse_args()
+    rules = list(RULES) if arguments.rules == "all" else arguments.rules.split(",")
+    attacks = arguments.attacks.split(",")
+    for name, known in [*((rule, list(RULES)) for rule in rules), *((attack, list(ATTACKS)) for attack in attacks)]:
+        if name not in known:
+            parser.error(f"'{name}' is not one of {', '.join(known)}")
+    torch.set_num_threads(1)
+    overrides, unseen = DOMAINS[arguments.domain]
+    config = load_config(HERE.parent / "jobs" / "configs" / "search.yaml", [*overrides, *arguments.overrides])
+    if arguments.swap:
+        domain = config.domain.model_copy(update={"illegal": config.domain.legal, "legal": config.domain.illegal})
+        config = config.model_copy(update={"domain": domain})
+    bench = Bench(config, arguments.cache, unseen)
+    about = {"domain": arguments.domain, "swap": arguments.swap, "overrides": arguments.overrides}
+    rows = []
+    for p in arguments.p:
+        for rule in rules:
+            for seed in range(arguments.seeds):
+                for row in run(bench, rule, p, seed, attacks):
+                    with arguments.results.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps({**about, **row}) + "\n")
+                    rows.append(row)
+                    print(table([row]).splitlines()[1], flush=True)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()

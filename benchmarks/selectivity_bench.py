@@ -1,0 +1,299 @@
+"""The bench that decides between rules: one process, plain torch, publisher half only (design, section 6).
+
+A *rule* turns a bench, a freeze ratio and a seed into a FreezeMask, perhaps with edited values for the frozen tensors.
+The bench then lets a separate user adapt the release to each class and measures, by held-out loss, how much of what
+full fine-tuning gains was blocked. Distances are to the *original* base, also for rules that edit values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raygard.adaptation import full
+from raygard.config import RunConfig
+from raygard.diffusion.cache import LatentSet, TextRows, build_cache, encode_captions, load_cache
+from raygard.diffusion.generate import generate
+from raygard.diffusion.loss import DiffusionLoss, held_out_loss
+from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_text_encoder, load_unet, with_resolution
+from raygard.domain import Domain, load_domain
+from raygard.imagefolder import read_pixels
+from raygard.mask import FreezeMask
+from raygard.scoring import Scorer, get_scorer
+from raygard.seeding import generator
+
+DRAWS = 8
+# Style words that name nothing; the caption of an attacker who avoids the name.
+ALIASES = ("zorb", "quibble", "flandor", "mexit", "turvane", "oskel", "prindle", "wavoo")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What a user does. steps, lr: factors on `adapt.*`. alias: learns the pictures under another name."""
+
+    name: str
+    steps: float = 1.0
+    lr: float = 1.0
+    alias: bool = False
+
+
+ATTACKS = {
+    attack.name: attack
+    for attack in (
+        Attack("plain"),
+        Attack("other-name", alias=True),
+        Attack("longer", steps=5.0),
+        Attack("larger-lr", lr=3.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one class in one model: held-out loss, and the scorer's distance of what it draws."""
+
+    loss: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class User:
+    """A class learned under a mask (guarded), without one (full), and not at all (base)."""
+
+    cls: str
+    role: str
+    adaptation_seed: int
+    base: Result
+    full: Result
+    guarded: Result
+
+
+@dataclass
+class Bench:
+    """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`."""
+
+    config: RunConfig
+    cache: Path
+    unseen: Sequence[str] = ()
+    _embedded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each class that users adapt to; `unseen` are legal ones that no rule may look at."""
+        return {**self.classes, **dict.fromkeys(self.unseen, "unseen")}
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Role of each class that users learn."""
+        domain = self.config.domain
+        return {cls: role for role in ("illegal", "legal") for cls in getattr(domain, role)}
+
+    @cached_property
+    def learn(self) -> LatentSet:
+        """What a rule may learn from: parts learn_lower and learn_upper."""
+        return self._load("learn", [(cls, part) for cls in self.classes for part in ("learn_lower", "learn_upper")])
+
+    @cached_property
+    def select(self) -> LatentSet:
+        """What users adapt to and are measured on: parts select_adapt and select_reference."""
+        return self._load(
+            "select", [(cls, part) for cls in self.roles for part in ("select_adapt", "select_reference")]
+        )
+
+    @cached_property
+    def general(self) -> tuple[LatentSet, LatentSet]:
+        """Pretraining material: nine tenths to retain the release's quality with, the rest to measure it on."""
+        found = self._load("base_loss", [(cls, "general") for cls in self.config.domain.general])
+        order = torch.randperm(len(found), generator=generator(self.config.seed, "general parts"))
+        cut = len(found) * 9 // 10
+        return found.subset(order[:cut]), found.subset(order[cut:])
+
+    @cached_property
+    def loss(self) -> DiffusionLoss:
+        return DiffusionLoss(load_noise_scheduler(self.config.model), self.config.model.prediction_type)
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        """Parameters of the release, by name."""
+        return {name: p.detach().clone() for name, p in load_unet(self.config.model).named_parameters()}
+
+    @cached_property
+    def relearned(self) -> dict[str, Tensor]:
+        """theta_ft: the base fine-tuned on the illegal and legal pictures of learn_lower together."""
+        relearn = self.config.relearn.model_dump(mode="json")
+        file = self.cache / f"relearned-{self._key(relearn, sorted(self.classes))}.pt"
+        if not file.exists():
+            unet, data = load_unet(self.config.model), self.learn
+            rows = torch.cat([data.rows(cls, "learn_lower") for cls in self.classes])
+            settings = self.config.adapt.model_copy(
+                update={
+                    "max_train_steps": self.config.relearn.max_train_steps,
+                    "learning_rate": self.config.relearn.learning_rate,
+                    "train_batch_size": self.config.bilevel.train_batch_size,
+                }
+            )
+            full(unet, data.subset(rows), settings, self.loss, mask=None, seed=self.config.seed)
+            torch.save({name: p.detach() for name, p in unet.named_parameters()}, file)
+        return torch.load(file, weights_only=True)
+
+    def alias(self, data: LatentSet, cls: str, word: str) -> LatentSet:
+        """The same pictures, with the class's name in their captions replaced by `word`."""
+        captions = [caption.replace(cls, word) for caption in data.captions]
+        unique = sorted(set(captions))
+        tokenizer, encoder = self._text_encoder
+        with torch.no_grad():
+            text = encode_captions(tokenizer, encoder, unique).float()
+        index = torch.tensor([unique.index(caption) for caption in captions])
+        return replace(data, text=TextRows(text, index), captions=captions)
+
+    def users(self, cls: str, attack: Attack) -> tuple[LatentSet, LatentSet]:
+        """Pictures an attacker trains on, and those the loss is taken on, with the captions of the attack."""
+        parts = [self.select.subset(self.select.rows(cls, part)) for part in ("select_adapt", "select_reference")]
+        if attack.alias:
+            parts = [self.alias(part, cls, ALIASES[0]) for part in parts]
+        return parts[0], parts[1]
+
+    def adapted(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> Result:
+        """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `mask`."""
+        train, reference = self.users(cls, attack)
+        adapt = self.config.adapt
+        settings = adapt.model_copy(
+            update={
+                "max_train_steps": round(adapt.max_train_steps * attack.steps),
+                "learning_rate": adapt.learning_rate * attack.lr,
+            }
+        )
+        unet = load_unet(self.config.model)
+        full(unet, train, settings, self.loss, mask=mask, seed=seed)
+        return self._result(unet, cls, reference)
+
+    def unguarded(self, cls: str, attack: Attack, seed: int) -> Result:
+        """The same without any mask, computed once and kept in the cache."""
+        return self._kept(f"{cls} {attack.name} {seed}", lambda: self.adapted(None, cls, attack, seed))
+
+    def released(self, cls: str, attack: Attack) -> Result:
+        """The original release, untouched."""
+        return self._kept(
+            f"{cls} {attack.alias} base",
+            lambda: self._result(load_unet(self.config.model), cls, self.users(cls, attack)[1]),
+        )
+
+    def learn_loss(self, cls: str) -> float:
+        """The original release's loss on the pictures of a class that a rule learns from."""
+        learn = self.learn.subset(self.learn.rows(cls))
+        return self._kept(f"{cls} learn", lambda: Result(self._held_out(load_unet(self.config.model), learn), 0.0)).loss
+
+    @cached_property
+    def retain_loss(self) -> float:
+        """The original release's loss on the half of the general pictures that a rule retains quality with."""
+        found = self._kept("retain", lambda: Result(self._held_out(load_unet(self.config.model), self.general[0]), 0.0))
+        return found.loss
+
+    def general_loss(self, mask: FreezeMask | None) -> float:
+        """Loss on general captions of the release with the mask's values."""
+        unet = load_unet(self.config.model)
+        if mask is not None:
+            mask.apply(unet)
+        return self._held_out(unet, self.general[1])
+
+    def measure(self, mask: FreezeMask, attack: Attack, seeds: Sequence[int]) -> list[User]:
+        """What became of one user for each class and adaptation seed under `mask`."""
+        return [
+            User(
+                cls,
+                role,
+                seed,
+                self.released(cls, attack),
+                self.unguarded(cls, attack, seed),
+                self.adapted(mask, cls, attack, seed),
+            )
+            for seed in seeds
+            for cls, role in self.roles.items()
+        ]
+
+    def _result(self, unet: nn.Module, cls: str, reference: LatentSet) -> Result:
+        count, config = self.config.generation.num_images, self.config
+        captions = reference.captions[:count]
+        pipeline = load_pipeline(config.model, unet)
+        keys = [(cls, index) for index in range(len(captions))]
+        drawn = self._scorer.embed(generate(pipeline, captions, keys, config.generation, config.seed))
+        distance = float(self._scorer.distances(drawn, self._references(cls)).mean())
+        return Result(self._held_out(unet, reference), distance)
+
+    def _references(self, cls: str) -> NDArray[np.float32]:
+        if cls not in self._embedded:
+            pictures = self._domain.view("select").pictures(cls, "select_reference")
+            domain = with_resolution(self.config.domain, self.config.model)
+            assert domain.resolution is not None
+            found = [read_pixels(picture.path, domain.resolution) for picture in pictures]
+            self._embedded[cls] = self._scorer.embed(np.stack(found))
+        return self._embedded[cls]
+
+    def _key(self, *parts: object) -> str:
+        config = self.config
+        settings = [getattr(config, name).model_dump(mode="json") for name in ("model", "adapt", "generation")]
+        # Roles may change, the pictures of a class may not.
+        data = config.domain.model_dump(mode="json", exclude={"name", "illegal", "legal", "legal_budget"})
+        text = json.dumps([parts, settings, data, config.evaluation.scorer, config.seed, DRAWS], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _kept(self, key: str, work: Callable[[], Result]) -> Result:
+        file = self.cache / "results" / f"{self._key(key)}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            result = work()
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(asdict(result)))
+            part.replace(file)
+        return Result(**json.loads(file.read_text()))
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return get_scorer(self.config.evaluation.scorer)
+
+    def _held_out(self, unet: nn.Module, data: LatentSet) -> float:
+        batch = self.config.generation.batch_size
+        return held_out_loss(unet, data, self.loss, self.config.seed, batch, DRAWS)
+
+    @cached_property
+    def _text_encoder(self) -> tuple[object, nn.Module]:
+        tokenizer, encoder = load_text_encoder(self.config.model)
+        return tokenizer, encoder.eval()
+
+    @cached_property
+    def _domain(self) -> Domain:
+        # Unseen classes are divided like the others, so that they have parts to adapt to and to score.
+        named = self.config.domain.legal + tuple(self.unseen)
+        return load_domain(self.config.domain.model_copy(update={"legal": named}))
+
+    def _load(self, stage: str, parts: list[tuple[str, str]]) -> LatentSet:
+        view = self._domain.view(stage)
+        return load_cache(build_cache(self.config.model, self.config.domain, view, parts, self.cache / "latents"))
+
+
+def blocked(users: Sequence[User], role: str, measure: str) -> float | None:
+    """Sum over users of a role of (guarded - full) / sum of (base - full), design.md section 5; None without one.
+
+    measure: "loss" (held-out) or "distance" (the scorer's).
+    """
+    found = [[getattr(result, measure) for result in (u.base, u.full, u.guarded)] for u in users if u.role == role]
+    gap = sum(base - full_ for base, full_, _ in found)
+    return sum(guarded - full_ for _, full_, guarded in found) / gap if gap else None
+
+
+def moved(bench: Bench) -> Mapping[str, float]:
+    """How far relearning moved each tensor, relative to its norm."""
+    return {
+        name: float((bench.relearned[name] - value).norm() / (value.norm() + 1e-12))
+        for name, value in bench.base.items()
+    }

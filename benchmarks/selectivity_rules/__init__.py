@@ -1,0 +1,13 @@
+"""Rules the bench compares: `rule(bench, p, seed) -> FreezeMask`. A file for each idea, its hypothesis first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.selectivity_bench import Bench
+from benchmarks.selectivity_rules import edit, freeze, teach
+from raygard.mask import FreezeMask
+
+Rule = Callable[[Bench, float, int], FreezeMask]
+
+RULES: dict[str, Rule] = {**freeze.RULES, **teach.RULES, **edit.RULES}
