@@ -46,7 +46,7 @@ def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str]) ->
     started = time.monotonic()
     mask = RULES[rule](bench, p, seed)
     learn_seconds = time.monotonic() - started
-    rise = bench.general_loss(mask) / bench.general_loss(None) - 1
+    rise = bench.general_loss_rise(mask)
     for name in attacks:
         users = bench.measure(mask, ATTACKS[name], bench.config.evaluation.adaptation_seeds)
         yield {
@@ -104,8 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rules = list(RULES) if arguments.rules == "all" else arguments.rules.split(",")
     attacks = arguments.attacks.split(",")
-    for name, known in [*((rule, list(RULES)) for rule in rules), *((attack, list(ATTACKS)) for attack in attacks)]:
-        if name not in known:
+    for names, known in ((rules, list(RULES)), (attacks, list(ATTACKS))):
+        for name in set(names).difference(known):
             parser.error(f"'{name}' is not one of {', '.join(known)}")
     torch.set_num_threads(1)
     overrides, unseen = DOMAINS[arguments.domain]

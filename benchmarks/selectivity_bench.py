@@ -1,15 +1,13 @@
 """The bench that decides between rules: one process, plain torch, publisher half only (design, section 6).
 
 A *rule* turns a bench, a freeze ratio and a seed into a FreezeMask, perhaps with edited values for the frozen tensors.
-The bench then lets a separate user adapt the release to each class and measures, by held-out loss, how much of what
-full fine-tuning gains was blocked. Distances are to the *original* base, also for rules that edit values.
+The bench then lets a separate user adapt the release to each class and measures, by held-out loss and by scorer, how
+much of what full fine-tuning gains was blocked. Distances are to the *original* base, also for rules that edit values.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -27,10 +25,12 @@ from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import DiffusionLoss, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_text_encoder, load_unet, with_resolution
 from raygard.domain import Domain, load_domain
+from raygard.files import scratch, write_text
 from raygard.imagefolder import read_pixels
 from raygard.mask import FreezeMask
 from raygard.scoring import Scorer, get_scorer
 from raygard.seeding import generator
+from raygard.store import content_key
 
 DRAWS = 8
 # Style words that name nothing; the caption of an attacker who avoids the name.
@@ -94,7 +94,7 @@ class Bench:
 
     @property
     def classes(self) -> dict[str, str]:
-        """Role of each class that users learn."""
+        """Role of each class that a rule may look at."""
         domain = self.config.domain
         return {cls: role for role in ("illegal", "legal") for cls in getattr(domain, role)}
 
@@ -143,7 +143,8 @@ class Bench:
                 }
             )
             full(unet, data.subset(rows), settings, self.loss, mask=None, seed=self.config.seed)
-            torch.save({name: p.detach() for name, p in unet.named_parameters()}, file)
+            with scratch(file) as part:
+                torch.save({name: p.detach() for name, p in unet.named_parameters()}, part)
         return torch.load(file, weights_only=True)
 
     def alias(self, data: LatentSet, cls: str, word: str) -> LatentSet:
@@ -179,32 +180,37 @@ class Bench:
 
     def unguarded(self, cls: str, attack: Attack, seed: int) -> Result:
         """The same without any mask, computed once and kept in the cache."""
-        return self._kept(f"{cls} {attack.name} {seed}", lambda: self.adapted(None, cls, attack, seed))
+        return Result(
+            **self._kept(f"{cls} {attack.name} {seed}", lambda: asdict(self.adapted(None, cls, attack, seed)))
+        )
 
     def released(self, cls: str, attack: Attack) -> Result:
         """The original release, untouched."""
-        return self._kept(
-            f"{cls} {attack.alias} base",
-            lambda: self._result(load_unet(self.config.model), cls, self.users(cls, attack)[1]),
+        return Result(
+            **self._kept(
+                f"{cls} {attack.alias} base",
+                lambda: asdict(self._result(load_unet(self.config.model), cls, self.users(cls, attack)[1])),
+            )
         )
 
     def learn_loss(self, cls: str) -> float:
         """The original release's loss on the pictures of a class that a rule learns from."""
-        learn = self.learn.subset(self.learn.rows(cls))
-        return self._kept(f"{cls} learn", lambda: Result(self._held_out(load_unet(self.config.model), learn), 0.0)).loss
+        return self._released_loss(f"{cls} learn", lambda: self.learn.subset(self.learn.rows(cls)))
 
     @cached_property
     def retain_loss(self) -> float:
-        """The original release's loss on the half of the general pictures that a rule retains quality with."""
-        found = self._kept("retain", lambda: Result(self._held_out(load_unet(self.config.model), self.general[0]), 0.0))
-        return found.loss
+        """The original release's loss on the general pictures that a rule retains quality with."""
+        return self._released_loss("retain", lambda: self.general[0])
 
-    def general_loss(self, mask: FreezeMask | None) -> float:
-        """Loss on general captions of the release with the mask's values."""
+    def general_loss_rise(self, mask: FreezeMask) -> float:
+        """By what share the mask's values raise the release's loss on the general pictures no rule retains on."""
         unet = load_unet(self.config.model)
-        if mask is not None:
-            mask.apply(unet)
-        return self._held_out(unet, self.general[1])
+        mask.apply(unet)
+        return self._held_out(unet, self.general[1]) / self._released_loss("general", lambda: self.general[1]) - 1
+
+    def mask(self, frozen: Tensor | Sequence[str], values: Mapping[str, Tensor] | None = None) -> FreezeMask:
+        """A mask of the release that freezes these tensors (names, or bool (N,)), perhaps with new values for them."""
+        return FreezeMask.create(load_unet(self.config.model), frozen, values=values)
 
     def measure(self, mask: FreezeMask, attack: Attack, seeds: Sequence[int]) -> list[User]:
         """What became of one user for each class and adaptation seed under `mask`."""
@@ -244,18 +250,19 @@ class Bench:
         settings = [getattr(config, name).model_dump(mode="json") for name in ("model", "adapt", "generation")]
         # Roles may change, the pictures of a class may not.
         data = config.domain.model_dump(mode="json", exclude={"name", "illegal", "legal", "legal_budget"})
-        text = json.dumps([parts, settings, data, config.evaluation.scorer, config.seed, DRAWS], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        named = {"parts": parts, "settings": settings, "data": data, "scorer": config.evaluation.scorer}
+        return content_key({**named, "seed": config.seed, "draws": DRAWS})
 
-    def _kept(self, key: str, work: Callable[[], Result]) -> Result:
+    def _released_loss(self, key: str, data: Callable[[], LatentSet]) -> float:
+        return self._kept(key, lambda: {"loss": self._held_out(load_unet(self.config.model), data())})["loss"]
+
+    def _kept(self, key: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
         file = self.cache / "results" / f"{self._key(key)}.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            result = work()
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(asdict(result)))
-            part.replace(file)
-        return Result(**json.loads(file.read_text()))
+            write_text(file, json.dumps(work()))
+        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        return found
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -289,11 +296,3 @@ def blocked(users: Sequence[User], role: str, measure: str) -> float | None:
     found = [[getattr(result, measure) for result in (u.base, u.full, u.guarded)] for u in users if u.role == role]
     gap = sum(base - full_ for base, full_, _ in found)
     return sum(guarded - full_ for _, full_, guarded in found) / gap if gap else None
-
-
-def moved(bench: Bench) -> Mapping[str, float]:
-    """How far relearning moved each tensor, relative to its norm."""
-    return {
-        name: float((bench.relearned[name] - value).norm() / (value.norm() + 1e-12))
-        for name, value in bench.base.items()
-    }

@@ -70,9 +70,8 @@ def edit(bench: Bench, start: Mapping[str, Tensor], seed: int, settings: EditSet
                 value.grad = None
             for user in users:
                 loss, gradients = user.step(held if publishes else [])
-                before = bench.learn_loss(user.cls)
-                if publishes and not (user.role == "illegal" and loss > settings.ceiling * before):
-                    _accumulate(held, gradients, (-1 if user.role == "illegal" else 1) / before)
+                if publishes and not (user.role == "illegal" and loss > settings.ceiling * user.loss_before):
+                    _accumulate(held, gradients, (-1 if user.role == "illegal" else 1) / user.loss_before)
             if publishes:
                 change, gradients = _retain(bench, release, original, next(retained), held)
                 _accumulate(held, gradients, mu / bench.retain_loss)
@@ -99,6 +98,7 @@ class _User:
     ) -> None:
         classes = getattr(bench.config.domain, role)
         self.bench, self.role, self.cls = bench, role, classes[number % len(classes)]
+        self.loss_before = bench.learn_loss(self.cls)
         self.unet = load_unet(bench.config.model)
         share(self.unet, values)
         held = {id(value) for value in values.values()}
@@ -124,10 +124,7 @@ def _retain(
 ) -> tuple[float, tuple[Tensor, ...]]:
     """By how much the release's loss exceeds the original's, and the gradient of loss and distance to the original."""
     latents, text, noise, timesteps = batch
-    noisy = bench.loss.scheduler.add_noise(latents, noise, timesteps)
-    target = noise
-    if bench.loss.prediction_type == "v_prediction":
-        target = bench.loss.scheduler.get_velocity(latents, noise, timesteps)
+    noisy, target = bench.loss.noised(latents, noise, timesteps)
     predicted = release(noisy, timesteps, text, return_dict=False)[0]
     with torch.no_grad():
         before = original(noisy, timesteps, text, return_dict=False)[0]
@@ -145,9 +142,9 @@ def _accumulate(values: Sequence[nn.Parameter], gradients: Sequence[Tensor], wei
 
 def poison_edit(bench: Bench, p: float, seed: int) -> FreezeMask:
     """`poison`, then rounds of simulated users."""
-    frozen = largest_names(bench, p, seed)
+    frozen = largest_names(bench, p)
     values = edit(bench, teach(bench, frozen, seed, TeachSettings(poison=0.3)), seed, EditSettings())
-    return FreezeMask.create(load_unet(bench.config.model), frozen, values=values)
+    return bench.mask(frozen, values)
 
 
 RULES = {"poison-edit": poison_edit}

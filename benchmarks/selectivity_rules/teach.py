@@ -100,9 +100,8 @@ def batches(bench: Bench, sets: Sequence[LatentSet], seed: int, stream: str, siz
 
 def _rule(settings: TeachSettings) -> Callable[[Bench, float, int], FreezeMask]:
     def rule(bench: Bench, p: float, seed: int) -> FreezeMask:
-        frozen = largest_names(bench, p, seed)
-        values = teach(bench, frozen, seed, settings)
-        return FreezeMask.create(load_unet(bench.config.model), frozen, values=values)
+        frozen = largest_names(bench, p)
+        return bench.mask(frozen, teach(bench, frozen, seed, settings))
 
     return rule
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alternate
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
-from raygard.bilevel.rules import RULES, RuleSettings, make_rule
+from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
 from raygard.cluster.engine import ShardedTraining, build, checkpoint_is_whole, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
@@ -54,8 +54,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     training, sizes = _set_up(config, job, relearning)
     optimizer = training.optimizer
-    sources = _sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
-    schedule = _schedule(config, relearning, rank, world_size)
+    sources = batch_sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
+    schedule = make_schedule(config, relearning, rank, world_size)
     first_k = _resume(training, ray.train.get_checkpoint(), rank, world_size)
     history = _History(out / "history.jsonl", first_k) if rank == 0 else None
     device = training.engine.device
@@ -95,20 +95,28 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
 
     def factory(params: Iterable[Tensor], reduce: Callable[[Tensor], None]) -> BilevelOptimizer:
         rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
-        return BilevelOptimizer(
-            params,
-            rule=rule,
-            user_optimizer="adamw" if relearning else b.user_optimizer,
-            lr=config.relearn.learning_rate if relearning else b.user_lr,
-            betas=(b.adam_beta1, b.adam_beta2),
-            eps=b.adam_epsilon,
-            weight_decay=b.adam_weight_decay,
-            max_grad_norm=b.max_grad_norm,
-            reduce=reduce,
-        )
+        return make_optimizer(config, params, rule, reduce)
 
     training = build(unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b)
     return training, sizes
+
+
+def make_optimizer(
+    config: RunConfig, params: Iterable[Tensor], rule: Rule | None, reduce: Callable[[Tensor], None] | None = None
+) -> BilevelOptimizer:
+    """The optimizer `bilevel.*` asks for; without a rule that of relearning."""
+    b = config.bilevel
+    return BilevelOptimizer(
+        params,
+        rule=rule,
+        user_optimizer="adamw" if rule is None else b.user_optimizer,
+        lr=config.relearn.learning_rate if rule is None else b.user_lr,
+        betas=(b.adam_beta1, b.adam_beta2),
+        eps=b.adam_epsilon,
+        weight_decay=b.adam_weight_decay,
+        max_grad_norm=b.max_grad_norm,
+        reduce=reduce,
+    )
 
 
 def rule_settings(config: RunConfig, sizes: Tensor, mask_seed: int) -> RuleSettings:
@@ -126,9 +134,11 @@ def rule_settings(config: RunConfig, sizes: Tensor, mask_seed: int) -> RuleSetti
     )
 
 
-def _sources(
+def batch_sources(
     config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int
 ) -> tuple[BatchSource, BatchSource | None]:
+    """Lower and upper batches; relearning has no upper ones."""
+
     def source(part: str, stream: str, seed: int) -> BatchSource:
         roles = [[data.rows(cls, part) for cls in classes] for classes in (config.domain.illegal, config.domain.legal)]
         return BatchSource(data, roles[0], roles[1], config.bilevel.train_batch_size, seed, stream)
@@ -140,7 +150,8 @@ def _sources(
     return source("learn_lower", "lower", mask_seed), source(upper_part, "upper", mask_seed)
 
 
-def _schedule(config: RunConfig, relearning: bool, rank: int, world_size: int) -> Schedule:
+def make_schedule(config: RunConfig, relearning: bool, rank: int, world_size: int) -> Schedule:
+    """How many steps of which kind this rank takes."""
     b = config.bilevel
     # Relearning must not depend on L, so that trials with different L share it: one user step a round.
     inner, rounds = (1, config.relearn.max_train_steps) if relearning else (b.inner_steps, b.publisher_steps)
