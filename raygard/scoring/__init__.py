@@ -3,11 +3,20 @@ each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raygard.errors import RaygardError, nearest
+from raygard.scoring.clip import ClipImage, ClipText
+from raygard.scoring.csd import Csd
+from raygard.scoring.deepface_faces import DlibFace, DlibWhole, FaceNet128, FaceNet512, VggFace
+from raygard.scoring.dino import Dino
+from raygard.scoring.fd_enlite0 import FdEnLite0
+from raygard.scoring.fid import Fid
+from raygard.scoring.kid_enlite0 import KidEnLite0
+from raygard.scoring.lpips import Lpips
+from raygard.scoring.nudenet_explicit import NudeNet, NudeNetAll
 from raygard.scoring.style_enlite0 import StyleEnLite0
 
 if TYPE_CHECKING:
@@ -22,6 +31,10 @@ class Scorer(Protocol):
 
     direction: "distance" (lower is closer to the target) or "similarity". unit, source, licence: for the
     report.
+
+    Some can more: `undetected(embeddings) -> bool (n,)` says where no face was found; `between(generated, references)
+    -> float` compares whole sets, and `per_picture` is False where there is nothing else; `references` is "captions"
+    where references are captions (`embed_captions(captions)`) and "none" where there are none.
     """
 
     name: str
@@ -65,4 +78,57 @@ def get_scorer(name: str, device: str = "cpu") -> Scorer:
     return factory(device=device)
 
 
+def check_evaluation(name: str) -> None:
+    """Raise RaygardError unless `evaluation.scorer` can be `name`: a number for each picture, from pictures alone."""
+    scorer = SCORERS.get(name)
+    if not getattr(scorer, "per_picture", True):
+        raise RaygardError(
+            f"evaluation.scorer '{name}' has one number for all pictures together, and intervals need one for each; "
+            "use kid_enlite0"
+        )
+    if getattr(scorer, "references", "pictures") == "captions":
+        raise RaygardError(f"evaluation.scorer '{name}' compares with captions, which evaluations do not pass on yet")
+
+
+def embed_references(scorer: Any, pictures: NDArray[np.uint8], captions: Sequence[str]) -> NDArray[np.float32]:
+    """What `scorer` compares with, made of the reference pictures uint8 (m, H, W, 3) and their captions (m).
+
+    Float32 (m, d), or (0, 1) for a scorer that compares with nothing.
+    """
+    kind = getattr(scorer, "references", "pictures")
+    if kind == "captions":
+        return scorer.embed_captions(captions)
+    return scorer.embed(pictures[:0] if kind == "none" else pictures)
+
+
+def face_detection(
+    scorer: Any, generated: NDArray[np.float32], distances: NDArray[np.float32]
+) -> dict[str, float | None]:
+    """What stands beside the distances (n,) of generated embeddings (n, d) of faces; empty for other scorers.
+
+    undetected: share of pictures without a face. mean_detected: mean distance of the others, None if there are none.
+    """
+    if not hasattr(scorer, "undetected"):
+        return {}
+    missing = scorer.undetected(generated)
+    found = distances[~missing]
+    share = float(missing.mean()) if len(missing) else 0.0
+    return {"undetected": share, "mean_detected": float(found.mean()) if len(found) else None}
+
+
 register(StyleEnLite0.name, StyleEnLite0)
+register(Csd.name, Csd)
+register(FaceNet512.name, FaceNet512)
+register(FaceNet128.name, FaceNet128)
+register(VggFace.name, VggFace)
+register(DlibFace.name, DlibFace)
+register(DlibWhole.name, DlibWhole)
+register(NudeNet.name, NudeNet)
+register(NudeNetAll.name, NudeNetAll)
+register(ClipText.name, ClipText)
+register(ClipImage.name, ClipImage)
+register(Dino.name, Dino)
+register(Lpips.name, Lpips)
+register(Fid.name, Fid)
+register(FdEnLite0.name, FdEnLite0)
+register(KidEnLite0.name, KidEnLite0)

