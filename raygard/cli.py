@@ -238,6 +238,9 @@ def adapt(
     model: Annotated[str, typer.Option("--model", help="diffusers directory or hub id.")] = "zoo:tiny-sd",
     mask: Annotated[Path | None, typer.Option("--mask", help="Freeze mask to respect.")] = None,
     cls: Annotated[list[str] | None, typer.Option("--class", help="Only these classes; may be repeated.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, attention, lora, dreambooth, textual-inversion, custom-diffusion.")
+    ] = None,
     config: ConfigOption = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and noise.")] = 0,
     overrides: OverridesArgument = None,
@@ -245,14 +248,19 @@ def adapt(
 ) -> None:
     """Fine-tune a model on your pictures, respecting a freeze mask (the user's side).
 
+    What is not set takes the published values of the method (docs/adaptations.md).
+
     Runs under `accelerate launch` on several GPUs as well: `accelerate launch -m raygard.cli adapt ...`.
     """
     from raygard.user import adapt_model
 
-    run_config = _config(config, overrides, model)
+    chosen = [f"adapt.method={json.dumps(method)}"] if method is not None else []
+    run_config = _config(config, [*chosen, *(overrides or [])], model)
     facts = adapt_model(run_config, data, tuple(cls or ()), mask, out, seed, quiet)
     if facts is not None:
         print(f"trained {facts['trainable_params']} parameters in {facts['seconds']:.0f} s; saved {out}")
+        for what in facts["outside_mask"]:
+            print(f"outside every mask: {what}")
 
 
 @app.command()
@@ -263,11 +271,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Inference steps.", min=1)] = 25,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.", min=1.0)] = 4.0,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file, or folder of `raygard adapt`.")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="Learned tokens, file or folder of `raygard adapt`.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask whose values belong to the released model.")] = None,
 ) -> None:
     """Draw pictures from captions."""
     from raygard.user import generate_pictures
 
-    for path in generate_pictures(model, prompts, out, seed, steps, guidance_scale):
+    for path in generate_pictures(model, prompts, out, seed, steps, guidance_scale, lora, embeddings, mask):
         print(path)
 
 
@@ -293,28 +304,40 @@ def score(
 
 @app.command()
 def audit(
-    base: Annotated[Path, typer.Option("--base", help="The released model: pipeline, denoiser folder or file.")],
-    model: Annotated[Path, typer.Option("--model", help="The fine-tuned model.")],
     mask: Annotated[Path, typer.Option("--mask", help="The released freeze mask.")],
+    base: Annotated[Path | None, typer.Option(help="The released model: pipeline, denoiser folder or file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The fine-tuned model.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA file or folder, instead of --base and --model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Did anyone move a frozen tensor? Exit code 0: no; 3: yes, listed; 2: bad input."""
+    """Did anyone move a frozen tensor, or would a LoRA if merged? Exit code 0: no; 3: yes, listed; 2: bad input."""
     from raygard.diffusion.model import resolve_model
-    from raygard.mask import FreezeMask
+    from raygard.mask import FreezeMask, audit_lora
     from raygard.mask.weights import load_denoiser_state
 
     released = FreezeMask.load(mask)
-    states = [load_denoiser_state(resolve_model(str(path))) for path in (base, model)]
-    report = released.audit(*states)
-    if as_json:
-        print(json.dumps(report.to_json()))
+    findings: Any
+    if lora is not None and base is None and model is None:
+        findings = audit_lora(released, lora)
+        heading = f"LoRA of {findings.num_targets} tensors; {findings.num_frozen} of {len(released.names)} are frozen"
+        kept, broken = "merging it keeps the mask", "frozen tensors would be moved"
+    elif lora is None and base is not None and model is not None:
+        findings = released.audit(*[load_denoiser_state(resolve_model(str(path))) for path in (base, model)])
+        dtypes = ", ".join(findings.compared_dtypes)
+        heading = f"{findings.num_frozen} frozen of {findings.num_tensors} tensors, compared bit for bit as {dtypes}"
+        kept, broken = "the mask was kept", "frozen tensors were moved"
     else:
-        dtypes = ", ".join(report.compared_dtypes)
-        print(f"{report.num_frozen} frozen of {report.num_tensors} tensors, compared bit for bit as {dtypes}")
-        for moved in report.moved:
+        raise RaygardError("nothing to audit: give --base and --model, or --lora alone")
+    if as_json:
+        print(json.dumps(findings.to_json()))
+    else:
+        print(heading)
+        for moved in findings.moved:
             print(f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}")
-        print("the mask was kept" if report.ok else f"{len(report.moved)} frozen tensors were moved")
-    if not report.ok:
+        for what in getattr(findings, "outside_mask", ()):
+            print(f"outside every mask: {what}")
+        print(kept if findings.ok else f"{len(findings.moved)} {broken}")
+    if not findings.ok:
         raise typer.Exit(EXIT_MOVED)
 
 

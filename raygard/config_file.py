@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def reference_markdown() -> str:
         if not (isinstance(section, type) and issubclass(section, Section)):
             lines += ["", f"`{name}` (default `{field.default}`): decides every random draw of the run."]
             continue
-        lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
+        lines += ["", f"## {name}", "", inspect.cleandoc(section.__doc__ or ""), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, item in section.model_fields.items():
             kind = item.annotation.__name__ if isinstance(item.annotation, type) else str(item.annotation)

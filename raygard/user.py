@@ -16,6 +16,9 @@ from raygard.files import readable_disk_errors, write_text
 from raygard.imagefolder import SUFFIXES, has_column, read_entries, read_picture, read_pixels, resolve_data
 from raygard.progress import Progress
 
+# Of diffusers' textual inversion script.
+EMBEDDINGS_FILE = "learned_embeds.safetensors"
+
 
 def adapt_model(
     config: RunConfig,
@@ -26,27 +29,24 @@ def adapt_model(
     seed: int,
     quiet: bool = False,
 ) -> dict[str, Any] | None:
-    """Fine-tune the model on an imagefolder, respecting a mask, and save a diffusers pipeline to `out`.
+    """Fine-tune the model on an imagefolder, respecting a mask, and save what came of it to `out`.
 
-    classes: empty takes every class of the folder. Under `accelerate launch` every process calls this; the main
-    process saves and gets the facts, the others get None.
+    That is a diffusers pipeline; of LoRA the adapter alone, as `load_lora_weights` reads it; of textual inversion the
+    new token alone, as `load_textual_inversion` does. classes: empty takes every class of the folder. Under
+    `accelerate launch` every process calls this; the main process saves and gets the facts, the others get None.
     Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty.
     """
-    from raygard.adaptation import get_adaptation
+    from raygard.adaptation import Release, get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
     from raygard.diffusion.loss import DiffusionLoss
-    from raygard.diffusion.model import (
-        load_noise_scheduler,
-        load_pipeline,
-        load_unet,
-        model_folder,
-        with_resolution,
-    )
+    from raygard.diffusion.model import load_noise_scheduler, load_unet, model_folder, with_resolution
     from raygard.domain import load_domain
     from raygard.mask import FreezeMask
 
     _refuse_filled(out)
     method = get_adaptation(config.adapt.method)
+    if config.adapt.ignore_mask and mask_path is None:
+        raise RaygardError("adapt.ignore_mask has no effect without --mask; remove it")
     mask = FreezeMask.load(mask_path) if mask_path is not None else None
     domain_config = _all_general(config.domain, str(data), classes)
     domain = load_domain(domain_config)
@@ -63,6 +63,7 @@ def adapt_model(
         if mask is not None:
             mask.check_model({name: tuple(parameter.shape) for name, parameter in unet.named_parameters()})
         rows = load_cache(build_cache(config.model, domain_config, domain.view("user"), parts, cache))
+        release = Release(config.model)
         loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
         with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
             result = method(
@@ -72,6 +73,7 @@ def adapt_model(
                 loss,
                 mask=mask,
                 seed=seed,
+                release=release,
                 on_step=lambda _, x: bar.advance(1, f"{x:.4f}"),
             )
         if not state.is_main_process:
@@ -79,19 +81,42 @@ def adapt_model(
         facts = {
             "method": config.adapt.method,
             "mask_sha256": mask.sha256 if mask else None,
+            "ignore_mask": config.adapt.ignore_mask,
+            "outside_mask": list(result.outside_mask),
+            "learn_as": config.adapt.learn_as,
+            "instance_prompt": config.adapt.instance_prompt,
             "trainable_params": result.trainable_params,
             "optimizer_bytes": result.optimizer_bytes,
             "seconds": result.seconds,
             "final_loss": result.losses[-1],
             "seed": seed,
         }
-        pipeline = load_pipeline(config.model, unet=unet)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            whole = Path(scratch) / "pipeline"
-            pipeline.save_pretrained(str(whole), safe_serialization=True)
+            whole = Path(scratch) / "whole"
+            whole.mkdir()
+            _save_adapted(whole, config, unet, result, release)
             write_text(whole / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
             whole.rename(out)
     return facts
+
+
+def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, release: Any) -> None:
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    from raygard.diffusion.model import load_pipeline
+
+    if result.adapter:
+        layers = {name.removeprefix("unet."): tensor for name, tensor in result.adapter.items()}
+        StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
+        return
+    if config.adapt.method != "textual-inversion":
+        pipeline: Any = load_pipeline(config.model, unet=unet)
+        if result.embeddings:
+            pipeline.tokenizer, pipeline.text_encoder = release.text_encoder
+        pipeline.save_pretrained(str(folder), safe_serialization=True)
+    if result.embeddings:
+        save_file(result.embeddings, str(folder / EMBEDDINGS_FILE))
 
 
 def _refuse_filled(out: Path) -> None:
@@ -113,16 +138,27 @@ def _all_general(config: DomainConfig, data: str, classes: tuple[str, ...]) -> D
 
 
 def generate_pictures(
-    model: str, prompts: list[str], out: Path, seed: int, num_inference_steps: int, guidance_scale: float
+    model: str,
+    prompts: list[str],
+    out: Path,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    lora: Path | None = None,
+    embeddings: Path | None = None,
+    mask: Path | None = None,
 ) -> list[Path]:
     """Draw one picture for each prompt into `out` (PNG) with a `metadata.jsonl`; return the paths.
 
-    Raises RaygardError for a model that cannot be loaded, values out of range, or an `out` that is not empty.
+    lora, embeddings: files, or folders of `raygard adapt`, to load into the model. mask: one whose carried values
+    belong to the release.
+    Raises RaygardError for a model or adapter that cannot be loaded, values out of range, or a filled `out`.
     """
     from PIL import Image
 
     from raygard.diffusion.generate import generate
     from raygard.diffusion.model import load_pipeline, model_folder
+    from raygard.mask import FreezeMask
 
     _refuse_filled(out)
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -132,6 +168,12 @@ def generate_pictures(
     source = ModelConfig(pretrained_model_name_or_path=model)
     model_folder(source)
     pipeline = load_pipeline(source)
+    if mask is not None:
+        FreezeMask.load(mask).apply(pipeline.unet)
+    if lora is not None:
+        _load_lora(pipeline, lora)
+    if embeddings is not None:
+        _load_embeddings(pipeline, embeddings)
     images = generate(pipeline, prompts, [f"{i}/{prompt}" for i, prompt in enumerate(prompts)], config, seed)
     paths = []
     with readable_disk_errors(out):
@@ -142,6 +184,32 @@ def generate_pictures(
         rows = [json.dumps({"file_name": p.name, "text": t}) for p, t in zip(paths, prompts, strict=True)]
         write_text(out / "metadata.jsonl", "\n".join(rows) + "\n")
     return paths
+
+
+def _load_lora(pipeline: Any, path: Path) -> None:
+    from raygard.mask.adapters import adapter_file
+    from raygard.mask.weights import read_safetensors
+
+    file = adapter_file(path)
+    read_safetensors(file)
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise RaygardError(f"cannot load {file}: {str(error).splitlines()[0]}") from None
+    # diffusers only logs it when a file has nothing for this model.
+    if not pipeline.get_list_adapters():
+        raise RaygardError(f"{file} holds no LoRA factors for this model")
+
+
+def _load_embeddings(pipeline: Any, path: Path) -> None:
+    from raygard.adaptation import teach
+    from raygard.mask.weights import read_safetensors
+
+    file = path / EMBEDDINGS_FILE if path.is_dir() else path
+    try:
+        teach(pipeline.tokenizer, pipeline.text_encoder, read_safetensors(file))
+    except RaygardError as error:
+        raise RaygardError(f"cannot load {file}: {error}") from None
 
 
 def score_folders(generated: Path, reference: Path, scorer: str) -> dict[str, Any]:

@@ -1,17 +1,38 @@
 """Adaptations: what a user or an attacker does to a released model. One file and one `register` line each.
 
-An adaptation is called as `adapt(unet, data, config, loss, *, mask, seed, on_step=None) -> AdaptResult`,
-changes `unet` in place, and never changes a tensor that `mask` freezes.
+An adaptation is called as `adapt(unet, data, config, loss, *, mask, seed, release=None, on_step=None, pause_at=None,
+resume=None) -> AdaptResult`. It changes `unet` in place, leaves it with the released model's modules and names, and
+never changes a tensor that `mask` freezes, unless `config.ignore_mask` says that it is an attacker's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from raygard.adaptation.full import AdaptResult, full
+from raygard.adaptation.dreambooth import dreambooth
+from raygard.adaptation.full import attention, full
+from raygard.adaptation.lora import lora
+from raygard.adaptation.prompts import Release, learned, learned_captions
+from raygard.adaptation.tokens import custom_diffusion, teach, textual_inversion
+from raygard.adaptation.training import AdaptResult
 from raygard.errors import RaygardError, nearest
 
-__all__ = ["ADAPTATIONS", "AdaptResult", "full", "get_adaptation", "register"]
+__all__ = [
+    "ADAPTATIONS",
+    "AdaptResult",
+    "Release",
+    "attention",
+    "custom_diffusion",
+    "dreambooth",
+    "full",
+    "get_adaptation",
+    "learned",
+    "learned_captions",
+    "lora",
+    "register",
+    "teach",
+    "textual_inversion",
+]
 
 ADAPTATIONS: dict[str, Callable[..., AdaptResult]] = {}
 
@@ -31,3 +52,8 @@ def get_adaptation(name: str) -> Callable[..., AdaptResult]:
 
 
 register("full", full)
+register("attention", attention)
+register("lora", lora)
+register("dreambooth", dreambooth)
+register("textual-inversion", textual_inversion)
+register("custom-diffusion", custom_diffusion)

@@ -36,6 +36,7 @@ SAVE_RETRIES = 3
 class Measurement:
     """Pictures to draw (unless the store has them) and to score. Paths are on shared storage.
 
+    captions: of the references, which name the noise; prompts: the words asked with, one for each caption.
     key: where in the store. adapted: whether the weights lie there too, or the base is measured. references: file
     of the reference pictures; references_hash: of those of the class.
     """
@@ -44,6 +45,7 @@ class Measurement:
     store: str
     cls: str
     captions: tuple[str, ...]
+    prompts: tuple[str, ...]
     adapted: bool
     generation: dict[str, Any]
     seed: int
@@ -134,7 +136,7 @@ class Coordinator:
         rows = range(*span)
         request = PictureRequest(
             adapted=adapted,
-            captions=tuple(captions[row] for row in rows),
+            captions=tuple(measurement.prompts[row] for row in rows),
             keys=tuple(f"{measurement.cls}/{row}/{captions[row]}" for row in rows),
             generation=measurement.generation,
             seed=measurement.seed,

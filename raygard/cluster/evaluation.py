@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raygard.adaptation import learned_captions
 from raygard.cluster.coordinator import Measurement
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.evaluation_pool import EvaluationPool, outside_groups
@@ -71,6 +72,7 @@ class _Plan:
     key: str
     job: EvaluationJob
     captions: list[str]
+    prompts: list[str]
     references_hash: str
     held_out: str | None
     mask: FreezeMask | None
@@ -145,7 +147,10 @@ class _Run:
             if key not in plans:
                 self.store.describe(key, content)
                 held_out = held_out_key(job.cls, self.inputs, self.config)
-                plans[key] = _Plan(key, job, captions, references_hash, held_out, mask)
+                prompts = captions
+                if job.defence != BASE:
+                    prompts = learned_captions(captions, [job.cls] * len(captions), self.config.adapt)
+                plans[key] = _Plan(key, job, captions, prompts, references_hash, held_out, mask)
             plans[key].indices.append(index)
         return list(plans.values())
 
@@ -283,6 +288,7 @@ class _Run:
             store=self.inputs.store,
             cls=plan.job.cls,
             captions=tuple(plan.captions),
+            prompts=tuple(plan.prompts),
             adapted=plan.job.defence != BASE,
             generation=config.generation.model_dump(mode="json"),
             seed=config.seed,

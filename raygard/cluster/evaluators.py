@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raygard.adaptation import get_adaptation
+from raygard.adaptation import Release, get_adaptation, learned, teach
 from raygard.config import GenerationConfig, ModelConfig, RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.generate import generate
@@ -43,6 +43,10 @@ BASE_LOSS_DRAWS = 1
 SIGNS_OF_LIFE = 10
 # What a generator holds after a failed load: neither the base (None) nor any file.
 UNKNOWN = ""
+# Marks the embedding of a new token among the tensors of an adaptation.
+TOKEN = "token:"
+# Where a store keeps what releases draw for prior preservation.
+CLASS_PICTURES = "class-pictures"
 
 
 def environment(threads: int, gpus: float) -> dict[str, Any]:
@@ -113,13 +117,20 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
     losses: dict[int, float] = dict(before["milestones"]) if before else {}
     spent = before["seconds"] if before else 0.0
 
-    def at_step(step: int, _loss: float = 0.0) -> None:
+    def sign(step: int) -> None:
         nonlocal signed
         if time.monotonic() - signed > config.evaluation.item_timeout_s / SIGNS_OF_LIFE:
             signed = time.monotonic()
             emit({"alive": step})
+
+    release = Release(config.model, Path(adaptation.store) / CLASS_PICTURES, on_drawn=lambda: sign(0))
+
+    def at_step(step: int, _loss: float = 0.0) -> None:
+        sign(step)
         if step in adaptation.milestones:
             rows = data.subset(data.rows(adaptation.cls, adaptation.reference_part))
+            if not adaptation.untouched:
+                rows = learned(rows, config.adapt, release)
             plain = DiffusionLoss(scheduler, config.model.prediction_type, None)
             batch = config.generation.batch_size
             losses[step] = held_out_loss(unet, rows, plain, config.seed, batch, HELD_OUT_DRAWS)
@@ -148,6 +159,7 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
             loss,
             mask=mask,
             seed=adaptation.seed,
+            release=release,
             on_step=at_step,
             pause_at=adaptation.pause_at,
             resume=before["state"] if before else None,
@@ -159,12 +171,14 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
             return
         state = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
         tensors = {name: t for name, t in state.items() if name not in base or not torch.equal(t, base[name])}
+        tensors |= {f"{TOKEN}{token}": vector for token, vector in result.embeddings.items()}
         record |= {
             "losses": [round(float(value), 6) for value in result.losses],
             "trainable_params": result.trainable_params,
             "optimizer_bytes": result.optimizer_bytes,
+            "outside_mask": list(result.outside_mask),
         }
-        if mask is not None:
+        if mask is not None and not config.adapt.ignore_mask:
             record["audit_ok"] = audit_states(mask.frozen_names, {**base, **mask.values}, state).ok
     known = store.adapted(adaptation.key) or {"held_out": adaptation.held_out, "milestones": []}
     held_out = adaptation.held_out or known["held_out"]
@@ -215,6 +229,7 @@ class GeneratorActor:
         self.model, self.threads, self.gpus = ModelConfig.model_validate(model), threads, gpus
         self._pipeline: Any = None
         self._base: dict[str, Tensor] = {}
+        self._text: tuple[Any, Any] = (None, None)
         self._holds: str | None = None
 
     def ready(self) -> dict[str, Any]:
@@ -224,6 +239,7 @@ class GeneratorActor:
             unet = load_unet(self.model)
             self._base = _copy(unet.state_dict())
             self._pipeline = load_pipeline(self.model, unet=unet).to(_device(self.gpus))
+            self._text = self._pipeline.tokenizer, self._pipeline.text_encoder
         return _facts()
 
     def generate(self, request: PictureRequest) -> tuple[dict[str, Any], NDArray[np.uint8]]:
@@ -244,7 +260,13 @@ class GeneratorActor:
         self._holds = UNKNOWN
         try:
             changed = load_file(adapted) if adapted is not None else {}
+            tokens = {name: changed.pop(name) for name in [*changed] if name.startswith(TOKEN)}
             self._pipeline.unet.load_state_dict({**self._base, **changed})
+            words = {name.removeprefix(TOKEN): vector for name, vector in tokens.items()}
+            # What one adaptation calls by a new word may be letters to the next.
+            tokenizer, encoder = copy.deepcopy(self._text) if words else self._text
+            teach(tokenizer, encoder, words)
+            self._pipeline.tokenizer, self._pipeline.text_encoder = tokenizer, encoder
         except (OSError, SafetensorError, RuntimeError) as error:
             raise RaygardError(f"cannot load the adapted weights {adapted}: {str(error).splitlines()[0]}") from None
         self._holds = adapted

@@ -161,6 +161,7 @@ def job_result(
         "trainable_params": adapted.get("trainable_params", 0),
         "optimizer_bytes": adapted.get("optimizer_bytes", 0),
         "audit_ok": adapted.get("audit_ok"),
+        "outside_mask": adapted.get("outside_mask", []),
     }
 
 

@@ -216,6 +216,16 @@ def _sound(folder: Path, key: str) -> bool:
 
 
 @torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Posterior of pictures, uint8 (B, H, W, 3): mean and std (B, C, h, w), times the autoencoder's scaling factor.
+
+    Float32, on the CPU.
+    """
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    posterior = vae.encode(pixels.permute(0, 3, 1, 2).float().to(device) / 127.5 - 1).latent_dist
+    return ((posterior.mean - shift) * scale).float().cpu(), (posterior.std * scale).float().cpu()
+
+
 def _encode_pictures(
     model: ModelConfig, domain: DomainConfig, pictures: Sequence[Picture], device: str, batch_size: int
 ) -> dict[str, Tensor]:
@@ -224,16 +234,14 @@ def _encode_pictures(
     side = 2 ** (len(vae.config.block_out_channels) - 1)
     if domain.resolution % side:
         raise RaygardError(f"domain.resolution {domain.resolution} must be a multiple of {side} for this model")
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     means, stds = [], []
     for batch in _batches(pictures, batch_size):
         pixels = torch.stack(
             [torch.from_numpy(read_pixels(p.path, domain.resolution, domain.center_crop)) for p in batch]
         )
-        scaled = pixels.permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-        posterior = vae.encode(scaled).latent_dist
-        means.append(((posterior.mean - shift) * scale).float().cpu())
-        stds.append((posterior.std * scale).float().cpu())
+        mean, std = encode_pixels(vae, pixels, device)
+        means.append(mean)
+        stds.append(std)
     return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
 
 

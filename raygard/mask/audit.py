@@ -23,12 +23,10 @@ class MovedTensor:
 
 
 @dataclass(frozen=True)
-class AuditReport:
-    """Outcome of an audit; `moved` is empty if the mask was kept."""
+class MovedReport:
+    """Which frozen tensors were moved, of how many; `moved` is empty if the mask was kept."""
 
     num_frozen: int
-    num_tensors: int
-    compared_dtypes: tuple[str, ...]
     moved: tuple[MovedTensor, ...]
 
     @property
@@ -42,6 +40,14 @@ class AuditReport:
             if not math.isfinite(moved["max_abs_difference"]):
                 moved["max_abs_difference"] = None
         return {"ok": self.ok, **found}
+
+
+@dataclass(frozen=True)
+class AuditReport(MovedReport):
+    """Outcome of an audit of a denoiser's tensors."""
+
+    num_tensors: int
+    compared_dtypes: tuple[str, ...]
 
 
 def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> AuditReport:
@@ -72,8 +78,11 @@ def audit_states(frozen: Sequence[str], base: Mapping[str, Tensor], tuned: Mappi
             moved.append(MovedTensor(name, int(different.sum()), float(gap)))
     extra = sorted(set(tuned) - set(base))
     if extra and not moved:
-        raise RaygardError(f"the model has a tensor '{extra[0]}' that the base does not have; it cannot be certified")
-    return AuditReport(len(frozen), len(tuned), tuple(sorted(dtypes)), tuple(moved))
+        raise RaygardError(
+            f"the model has a tensor '{extra[0]}' that the base does not have; it cannot be "
+            "certified (audit an adapter's own file with --lora)"
+        )
+    return AuditReport(len(frozen), tuple(moved), len(tuned), tuple(sorted(dtypes)))
 
 
 def _bits(tensor: Tensor) -> Tensor:

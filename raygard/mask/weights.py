@@ -32,14 +32,14 @@ def load_denoiser_state(path: str | Path) -> dict[str, Tensor]:
     if not root.exists():
         raise RaygardError(f"no model at {root}: expected a diffusers folder or a .safetensors file")
     if root.is_file():
-        return _read(root)
+        return read_safetensors(root)
     folder = next((root / name for name in DENOISER_FOLDERS if (root / name).is_dir()), root)
     variants = (f"{STEM}.*.safetensors.index.json", f"{STEM}.safetensors.index.*.json", f"{STEM}.*.safetensors")
     files = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
     files += [file for pattern in variants for file in sorted(folder.glob(pattern))]
     for file in files:
         if file.is_file():
-            return _read_shards(file) if file.suffix == ".json" else _read(file)
+            return _read_shards(file) if file.suffix == ".json" else read_safetensors(file)
     if list(folder.glob("*.bin")):
         raise RaygardError(f"{folder} holds pickled weights only; save them with safe_serialization=True")
     raise RaygardError(f"{folder} holds no {STEM}.safetensors")
@@ -56,14 +56,17 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise RaygardError(f"{index}: shard {unsafe[0]!r} must be a .safetensors file in the same folder")
     state: dict[str, Tensor] = {}
     for name in names:
-        shard = _read(index.parent / name)
+        shard = read_safetensors(index.parent / name)
         if set(shard) != {key for key, home in where.items() if home == name}:
             raise RaygardError(f"{index.parent / name} does not hold the tensors that {index.name} says")
         state |= shard
     return state
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of one file, on the CPU. Raises RaygardError if it is missing, damaged or of another format."""
+    if not file.exists():
+        raise RaygardError(f"no file at {file}")
     if file.suffix != ".safetensors":
         raise RaygardError(f"{file} is not a .safetensors file; pickled weights are never read")
     try:

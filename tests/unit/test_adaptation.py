@@ -9,28 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import raygard
 from raygard.adaptation import ADAPTATIONS, AdaptResult, full, get_adaptation, register
-from raygard.cluster.evaluators import Adaptation, adapt_task
+from raygard.cluster.evaluators import TOKEN, Adaptation, GeneratorActor, PictureRequest, adapt_task
 from raygard.config import AdaptConfig, ModelConfig
-from raygard.diffusion.cache import LatentSet, TextRows
+from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.store import Store
 from tests.evaluation_bench import PARTS, Bench, make_bench
+from tests.latents import latent_set
 
 SETTINGS = AdaptConfig(max_train_steps=4, learning_rate=1e-3, train_batch_size=2)
-
-
-def latent_set(count: int = 5) -> LatentSet:
-    rng = torch.Generator().manual_seed(0)
-    mean, std = torch.randn(2, count, 4, 8, 8, generator=rng)
-    text = TextRows(torch.randn(2, 8, 16, generator=rng), torch.arange(count) % 2)
-    return LatentSet(mean, std.abs(), text, ["a"] * count, ["x"] * count, [])
 
 
 def adapted(model: ModelConfig, settings: AdaptConfig = SETTINGS, seed: int = 0, frozen: object = None,
@@ -180,10 +174,38 @@ def test_adaptations_that_share_a_process_do_not_touch_each_other(bench: Bench, 
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_adapter_reaches_the_store_merged_into_the_release(bench: Bench, tmp_path: Path) -> None:
+    reports = run_task(bench, tmp_path, "adapt.method=lora", "adapt.learning_rate=0.01")
+    losses = [loss for _, loss in milestones(reports)]
+    assert len(set(losses)) == 3
+    changed = load_file(Store(tmp_path).tensors_file("k"))
+    attention = [name for name, _ in load_unet(bench.config().model).named_parameters() if ".attn" in name]
+    assert changed.keys() == {name for name in attention if name.endswith("weight")}
+
+
+def test_a_generator_forgets_the_word_another_adaptation_taught_it(bench: Bench, tmp_path: Path) -> None:
+    config = bench.config()
+    actor = GeneratorActor(config.model.model_dump(mode="json"), 1, 0)
+    actor.ready()
+    save_file({f"{TOKEN}<x>": torch.full((16,), 3.0)}, str(tmp_path / "taught.safetensors"))
+
+    def drawn(adapted: str | None) -> list[int]:
+        request = PictureRequest(adapted, ("<x>",), ("k",), config.generation.model_dump(mode="json"), 0)
+        return actor.generate(request)[1].flatten().tolist()
+
+    before, taught = drawn(None), drawn(str(tmp_path / "taught.safetensors"))
+    assert before != taught and before == drawn(None)
+
+
 def test_a_long_adaptation_gives_signs_of_life(bench: Bench, tmp_path: Path) -> None:
     signs = [r["alive"] for r in run_task(bench, tmp_path, "evaluation.item_timeout_s=0.001") if "alive" in r]
     # Each step takes longer than a tenth of the limit.
     assert signs == [0, 0, 1, 2, 3, 4]
+    prior = ("adapt.method=dreambooth", "adapt.instance_prompt=x", "adapt.class_prompt=q", "adapt.num_class_images=9")
+    options = ("evaluation.item_timeout_s=0.001", *prior, "adapt.max_train_steps=1")
+    signs = [r["alive"] for r in run_task(bench, tmp_path / "prior", *options) if "alive" in r]
+    # Nine class pictures are two batches.
+    assert signs == [0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

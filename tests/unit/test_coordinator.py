@@ -117,6 +117,7 @@ def measurement(store: Path, **changes: Any) -> Measurement:
         "store": str(store),
         "cls": "a",
         "captions": CAPTIONS,
+        "prompts": CAPTIONS,
         "adapted": False,
         "generation": {"batch_size": 2},
         "seed": 0,
@@ -135,6 +136,22 @@ def test_items_cover_the_pictures_in_order(tmp_path) -> None:
     assert record["seconds"] == {"generate": 3.0, "score": 1.5}
     assert Store(tmp_path).score("k", "style", "r") == record
     assert read_pictures(Store(tmp_path).pictures_file("k"))[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_other_words_are_asked_with_the_same_noise(tmp_path) -> None:
+    class Recording(Generator):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys: list[tuple[str, ...]] = []
+
+        def _generate(self, request: Any) -> tuple[Any, Any]:
+            self.keys.append(request.keys)
+            return super()._generate(request)
+
+    own, other = Recording(), Recording()
+    asyncio.run(Simulated(own, Scorer()).measure(measurement(tmp_path / "own")))
+    asyncio.run(Simulated(other, Scorer()).measure(measurement(tmp_path / "other", prompts=CAPTIONS[::-1])))
+    assert own.keys == other.keys and own.drawn != other.drawn
 
 
 def test_an_item_is_scored_while_the_next_is_drawn(tmp_path) -> None:

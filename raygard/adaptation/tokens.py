@@ -1,0 +1,180 @@
+"""A new word for what is learned: textual inversion, and custom diffusion with its modifier token.
+
+Shape letters: B batch, L tokens, D text features, u unique captions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from raygard.adaptation.full import attention_names, keep_trainable
+from raygard.adaptation.prior import class_pictures
+from raygard.adaptation.prompts import Release, learned, learned_captions, require, with_captions
+from raygard.adaptation.training import AdaptResult, Run, begin, train
+from raygard.config import AdaptConfig
+from raygard.diffusion.loss import DiffusionLoss
+from raygard.errors import RaygardError
+
+if TYPE_CHECKING:
+    from raygard.diffusion.cache import LatentSet
+    from raygard.mask import FreezeMask
+
+
+class NewToken(nn.Module):
+    """A frozen text encoder with one trainable vector: the input embedding of a token it did not know.
+
+    start: words whose mean embedding the vector begins with. The tokenizer and the encoder are extended in place.
+    Raises RaygardError if the tokenizer knows `token` already, or `start` has no tokens.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any, token: str, start: str) -> None:
+        super().__init__()
+        self.tokenizer, self.token = tokenizer, token
+        self.token_id = _add(tokenizer, encoder, token)
+        self.encoder = encoder.requires_grad_(False)
+        table = encoder.get_input_embeddings()
+        first = tokenizer(start, add_special_tokens=False).input_ids
+        if not first:
+            raise RaygardError(
+                f"'{start}' has no tokens for a new one to start from; name a word in adapt.initializer_token"
+            )
+        self.vector = nn.Parameter(table.weight[torch.tensor(first)].mean(dim=0).clone())
+        # Training the whole table would move every other word, and would cost its optimizer state.
+        self._hook = table.register_forward_hook(self._insert)
+
+    def _insert(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((inputs[0] == self.token_id)[..., None], self.vector.to(output.dtype), output)
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """Token ids (u, L), padded to the encoder's length."""
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        return tokens.input_ids
+
+    def ids_with_token(self, captions: list[str]) -> Tensor:
+        """The same. Raises RaygardError for a caption in which the token was cut off."""
+        ids = self.ids(captions)
+        lost = (ids != self.token_id).all(dim=1).nonzero()
+        if len(lost):
+            raise RaygardError(
+                f"'{self.token}' does not fit into the {ids.shape[1]} tokens of caption "
+                f"'{captions[int(lost[0])]}'; shorten it, or give one adapt.instance_prompt"
+            )
+        return ids
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Last hidden states (B, L, D) of token ids (B, L)."""
+        mask = None
+        if getattr(self.encoder.config, "use_attention_mask", False):
+            ends = (ids == self.tokenizer.eos_token_id).long()
+            mask = (ends.cumsum(dim=1) - ends == 0).long()
+        return self.encoder(ids, attention_mask=mask)[0]
+
+    def settle(self) -> None:
+        """Write the vector into the encoder's own table, so that encoder and tokenizer can be used without this."""
+        self._hook.remove()
+        with torch.no_grad():
+            self.encoder.get_input_embeddings().weight[self.token_id] = self.vector
+
+
+def teach(tokenizer: Any, encoder: Any, embeddings: Mapping[str, Tensor]) -> None:
+    """Give a text encoder the vectors (D,) of new tokens, in place; those it was taught before are overwritten.
+
+    Raises RaygardError for a word of its own vocabulary, or a vector made for another text encoder.
+    """
+    for token, vector in embeddings.items():
+        width = encoder.get_input_embeddings().weight.shape[1]
+        if vector.shape != (width,):
+            raise RaygardError(
+                f"the embedding of '{token}' has shape {tuple(vector.shape)}, this text encoder's have ({width},)"
+            )
+        taught = tokenizer.get_added_vocab().get(token)
+        token_id = _add(tokenizer, encoder, token) if taught is None else taught
+        with torch.no_grad():
+            encoder.get_input_embeddings().weight[token_id] = vector.to(encoder.device)
+
+
+def _add(tokenizer: Any, encoder: Any, token: str) -> int:
+    # "</w>" marks the end of a word in CLIP's vocabulary, which has no capitals: "Dog" would take the place of "dog".
+    if {token, token.lower(), f"{token.lower()}</w>"} & tokenizer.get_vocab().keys():
+        raise RaygardError(f"the text encoder knows '{token}' already; choose another adapt.learn_as")
+    tokenizer.add_tokens(token)
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def textual_inversion(
+    unet: nn.Module,
+    data: LatentSet,
+    config: AdaptConfig,
+    loss: DiffusionLoss,
+    *,
+    mask: FreezeMask | None,
+    seed: int,
+    release: Release | None = None,
+    **run: Unpack[Run],
+) -> AdaptResult:
+    """Train the embedding of a new token and nothing else (Gal et al. 2022, arXiv 2208.01618): around every mask.
+
+    `release`'s text encoder knows the token from then on. Arguments and errors are those of `full`; RaygardError
+    also without `release`, and for a token that is known already or does not fit into a caption.
+    """
+    begin(unet, config, mask)
+    unet.requires_grad_(False)
+    return _with_token(unet, data, config, loss, require(release, "textual-inversion"), seed, run)
+
+
+def custom_diffusion(
+    unet: nn.Module,
+    data: LatentSet,
+    config: AdaptConfig,
+    loss: DiffusionLoss,
+    *,
+    mask: FreezeMask | None,
+    seed: int,
+    release: Release | None = None,
+    **run: Unpack[Run],
+) -> AdaptResult:
+    """Train the cross-attention keys and values that are not frozen (Kumari et al. 2023, arXiv 2212.04488).
+
+    With `config.learn_as`, a new token's embedding as well, around the mask; with `config.class_prompt`, pictures
+    that the release draws for it are learned along. Arguments and errors are those of `textual_inversion`;
+    RaygardError also if the mask freezes all keys and values and there is no token.
+    """
+    begin(unet, config, mask)
+    names = attention_names(unet, cross_only=True, projections=("to_k", "to_v"))
+    has_token = config.learn_as is not None
+    keep_trainable(unet, names, "cross-attention keys and values", may_be_none=has_token)
+    release = require(release, "custom-diffusion")
+    if has_token:
+        return _with_token(unet, data, config, loss, release, seed, run)
+    prior = class_pictures(unet, data, config, release, release.embed)
+    return train(unet, learned(data, config, release), config, loss, seed=seed, prior=prior, **run)
+
+
+def _with_token(
+    unet: nn.Module, data: LatentSet, config: AdaptConfig, loss: DiffusionLoss, release: Release, seed: int, run: Run
+) -> AdaptResult:
+    assert config.learn_as is not None
+    captions = learned_captions(data.captions, data.classes, config)
+    text = NewToken(
+        *release.text_encoder, config.learn_as, config.initializer_token or " ".join(sorted(set(data.classes)))
+    )
+    try:
+        rows = with_captions(data, captions, text.ids_with_token)
+        prior = class_pictures(unet, data, config, release, text.ids)
+        result = train(unet, rows, config, loss, seed=seed, text=text, prior=prior, **run)
+    finally:
+        text.settle()
+    return dataclasses.replace(
+        result,
+        embeddings={config.learn_as: text.vector.detach().cpu().clone()},
+        outside_mask=(f"text encoder: the embedding of the new token '{config.learn_as}'",),
+    )
