@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raygard.baselines import DEFENCES, choose_frozen
+from raygard.baselines import DEFENCES, DRAWN, NEED_RELEARNED, choose_frozen, relative_change
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.model import load_unet
 from raygard.mask import FreezeMask, select_frozen
 from raygard.mask.soft import shift_to_budget, soft_mask
+from raygard.mask.weights import load_denoiser_state
 from raygard.seeding import generator
 
 CONTROLS = tuple(name for name, choose in DEFENCES.items() if choose is not None)
-DRAWN = ("random", "random-matched")
 
 
 def make_mask(
@@ -47,16 +47,26 @@ def make_mask(
 
 
 def save_controls(
-    config: RunConfig, learned: FreezeMask, folder: Path, names: Sequence[str]
+    config: RunConfig,
+    learned: FreezeMask,
+    folder: Path,
+    names: Sequence[str],
+    relearned: Callable[[], Path],
 ) -> dict[tuple[str, int], str]:
-    """Save the control masks `names`, matched to a learned mask; `{(name, draw): folder}`."""
+    """Save the control masks `names`, matched to a learned mask; `{(name, draw): folder}`.
+
+    relearned: gives the file of theta_ft; called only for controls that look at what relearning changed.
+    """
     unet, paths = load_unet(config.model), {}
+    change = None
+    if any(name in NEED_RELEARNED for name in names):
+        change = relative_change(dict(unet.named_parameters()), load_denoiser_state(relearned()))
     for name in names:
         for draw in range(config.evaluation.random_draws if name in DRAWN else 1):
             rng = generator(config.seed, "defence", name, draw)
             mask = FreezeMask.create(
                 unet,
-                choose_frozen(name, learned.sizes, learned.frozen, rng),
+                choose_frozen(name, learned.sizes, learned.frozen, rng, names=learned.names, relative_change=change),
                 base_model=learned.base_model,
                 domain=learned.domain,
                 config_hash=learned.config_hash,

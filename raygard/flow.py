@@ -30,7 +30,7 @@ from raygard.outcome import build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.rundir import RunDirectory
-from raygard.scoring import get_scorer
+from raygard.scoring import check_evaluation, get_scorer
 from raygard.store import Store
 from raygard.tracking import RunHandle, Tracker, track_job
 
@@ -61,6 +61,7 @@ class Flow:
         self.progress = progress or Progress(quiet=True)
         self.upstream = upstream
         get_adaptation(config.adapt.method)
+        check_evaluation(config.evaluation.scorer)
         get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
         self.model_hash = model_fingerprint(config.model, "unet")
@@ -307,7 +308,7 @@ class Flow:
         for seed, mask in zip(config.evaluation.mask_seeds, masks, strict=True):
             paths["freeze", seed] = str(mask.save(folder / f"freeze-{seed}"))
         controls = [name for name in config.evaluation.defences if name in CONTROLS]
-        return paths | save_controls(config, masks[0], folder, controls)
+        return paths | save_controls(config, masks[0], folder, controls, self.relearn)
 
     def _jobs(self, paths: dict[tuple[str, int], str]) -> list[Any]:
         from raygard.cluster.evaluation import EvaluationJob

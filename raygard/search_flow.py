@@ -226,7 +226,8 @@ class SearchFlow:
         jobs = []
         for ratio, candidate in sorted(matched.items()):
             learned = FreezeMask.load(self.dir / candidate["mask"])
-            paths = save_controls(config, learned, self.dir / "controls" / f"p{ratio:g}", names)
+            folder = self.dir / "controls" / f"p{ratio:g}"
+            paths = save_controls(config, learned, folder, names, self.flow.relearn)
             for (name, draw), path in paths.items():
                 for seed in config.evaluation.adaptation_seeds:
                     for role in ("illegal", "legal"):

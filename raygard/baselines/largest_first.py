@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from raygard.baselines.facts import TensorFacts
 
-def choose(sizes: Tensor, learned: Tensor, rng: Generator) -> Tensor:
-    """Freeze the `learned.sum()` largest tensors, ties by index: bool (N,). Draws nothing from `rng`."""
+
+def choose(facts: TensorFacts, rng: Generator) -> Tensor:
+    """Freeze as many tensors as the learned mask, largest first, ties by index: bool (N,). Draws nothing from `rng`."""
     import torch
 
-    frozen = torch.zeros(len(sizes), dtype=torch.bool)
-    frozen[torch.argsort(sizes, descending=True, stable=True)[: int(learned.sum())]] = True
+    frozen = torch.zeros(len(facts.sizes), dtype=torch.bool)
+    frozen[torch.argsort(facts.sizes, descending=True, stable=True)[: facts.budget]] = True
     return frozen

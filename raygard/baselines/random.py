@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from raygard.baselines.facts import TensorFacts
 
-def choose(sizes: Tensor, learned: Tensor, rng: Generator) -> Tensor:
-    """Freeze `learned.sum()` tensors chosen uniformly without replacement: bool (N,)."""
+
+def choose(facts: TensorFacts, rng: Generator) -> Tensor:
+    """Freeze as many tensors as the learned mask, chosen uniformly without replacement: bool (N,)."""
     import torch
 
-    frozen = torch.zeros(len(sizes), dtype=torch.bool)
-    frozen[torch.randperm(len(sizes), generator=rng)[: int(learned.sum())]] = True
+    frozen = torch.zeros(len(facts.sizes), dtype=torch.bool)
+    frozen[torch.randperm(len(facts.sizes), generator=rng)[: facts.budget]] = True
     return frozen

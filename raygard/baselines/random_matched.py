@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from raygard.baselines.facts import TensorFacts
 
-def choose(sizes: Tensor, learned: Tensor, rng: Generator) -> Tensor:
-    """Freeze random tensors whose parameters add up nearly to those of `learned`: bool (N,).
+
+def choose(facts: TensorFacts, rng: Generator) -> Tensor:
+    """Freeze random tensors whose parameters add up nearly to those of the learned mask: bool (N,).
 
     Tensors are taken in random order as long as they fit; then single tensors are added, dropped or exchanged
     while that brings the total nearer. The number of tensors is not held.
     """
     import torch
 
+    sizes = facts.sizes
     order = torch.randperm(len(sizes), generator=rng)
     shuffled = sizes.cpu().long()[order]
-    target = int(shuffled[learned.cpu()[order]].sum())
+    target = int(shuffled[facts.learned.cpu()[order]].sum())
     taken = torch.zeros(len(sizes), dtype=torch.bool)
     left = target
     for index, size in enumerate(shuffled.tolist()):

@@ -1,0 +1,133 @@
+"""Defences that edit the released values instead of freezing them: UCE and IMMA, and an edit followed by a mask.
+
+A method is called as `method(unet, material, settings) -> values by name`, never changes `unet`, and is one
+`register_edit` line with its default settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raygard.config import RunConfig
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.loss import DiffusionLoss
+from raygard.diffusion.model import load_noise_scheduler, load_text_encoder
+from raygard.editing.artifact import Edit
+from raygard.editing.imma import IMMASettings, imma_values
+from raygard.editing.inner import TextModel
+from raygard.editing.release import Guarded, freeze_after, save_edited_model, save_guarded
+from raygard.editing.uce import UCESettings, uce, uce_values
+from raygard.errors import RaygardError, nearest
+
+__all__ = [
+    "EDITS",
+    "Edit",
+    "EditMaterial",
+    "Guarded",
+    "IMMASettings",
+    "TextModel",
+    "UCESettings",
+    "edit_model",
+    "freeze_after",
+    "imma_values",
+    "register_edit",
+    "save_edited_model",
+    "save_guarded",
+    "uce",
+    "uce_values",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class EditMaterial:
+    """What an edit may learn from; publisher's half only (stages "learn" and "base_loss").
+
+    illegal: pictures of the illegal classes; retain: pictures whose loss must not rise, for methods with such a term.
+    illegal_prompts, legal_prompts: what is to be erased and what is to be preserved, usually the classes' names.
+    tokenizer, encoder: the model's own.
+    """
+
+    illegal: LatentSet
+    illegal_prompts: tuple[str, ...]
+    legal_prompts: tuple[str, ...]
+    loss: DiffusionLoss
+    tokenizer: Any
+    encoder: Any
+    retain: LatentSet | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, learn: LatentSet, general: LatentSet | None = None) -> EditMaterial:
+        """The material of a run's domain, with the classes' names as prompts.
+
+        learn: pictures of the illegal classes (and others), parts of the publisher's half. general: pretraining
+        pictures to retain. Raises RaygardError if `learn` has no pictures of an illegal class.
+        """
+        domain = config.domain
+        rows = [learn.rows(name) for name in domain.illegal]
+        for name, found in zip(domain.illegal, rows, strict=True):
+            if len(found) == 0:
+                raise RaygardError(f"no pictures of the illegal class '{name}' to edit against")
+        tokenizer, encoder = load_text_encoder(config.model)
+        return cls(
+            illegal=learn.subset(torch.cat(rows)),
+            illegal_prompts=domain.illegal,
+            legal_prompts=(*domain.legal, *domain.general),
+            loss=DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type),
+            tokenizer=tokenizer,
+            encoder=encoder,
+            retain=general,
+            seed=config.seed,
+        )
+
+
+Method = Callable[[nn.Module, EditMaterial, Any], dict[str, Tensor]]
+EDITS: dict[str, tuple[Method, Any]] = {}
+
+
+def register_edit(name: str, method: Method, settings: Any) -> None:
+    """Add a weight-editing defence with its default settings, a dataclass. Raises RaygardError if the name is taken."""
+    if name in EDITS:
+        raise RaygardError(f"weight-editing defence '{name}' is registered twice")
+    EDITS[name] = (method, settings)
+
+
+def edit_model(name: str, unet: nn.Module, material: EditMaterial, **settings: Any) -> Edit:
+    """Run the weight-editing defence `name` on the base `unet`, which is not changed.
+
+    settings: override fields of the method's settings.
+    Raises RaygardError for an unknown name or setting, listing the known ones, and what the method raises.
+    """
+    if name not in EDITS:
+        raise RaygardError(f"unknown weight-editing defence '{name}'{nearest(name, EDITS)}")
+    method, defaults = EDITS[name]
+    known = [field.name for field in fields(defaults)]
+    for key in settings:
+        if key not in known:
+            raise RaygardError(f"'{name}' has no setting '{key}'{nearest(key, known)}")
+    chosen = replace(defaults, **settings)
+    return Edit.create(unet, method(unet, material, chosen), name, **asdict(chosen), seed=material.seed)
+
+
+def _uce(unet: nn.Module, material: EditMaterial, settings: UCESettings) -> dict[str, Tensor]:
+    prompts = material.illegal_prompts, material.legal_prompts
+    return uce(unet, material.tokenizer, material.encoder, *prompts, settings)
+
+
+def _imma(unet: nn.Module, material: EditMaterial, settings: IMMASettings) -> dict[str, Tensor]:
+    retain = material.retain if settings.retain_weight > 0 else None
+    text = TextModel(material.tokenizer, material.encoder, material.illegal_prompts)
+    return imma_values(
+        unet, material.illegal, material.loss, seed=material.seed, settings=settings, retain=retain, text=text
+    )
+
+
+register_edit("uce", _uce, UCESettings())
+register_edit("uce-all-tokens", _uce, UCESettings(tokens="all"))
+register_edit("imma", _imma, IMMASettings())
+register_edit("imma-retain", _imma, IMMASettings(retain_weight=1.0))

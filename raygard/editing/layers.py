@@ -1,0 +1,42 @@
+"""Which parameter tensors a weight-editing defence changes, found through diffusers' attention modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from raygard.errors import RaygardError, nearest
+
+# `LAYERS[name]`: whether cross-attention alone or every attention, and which of its projections.
+LAYERS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "cross-kv": (True, ("to_k", "to_v")),
+    "cross": (True, ("to_q", "to_k", "to_v", "to_out")),
+    "attention": (False, ("to_q", "to_k", "to_v", "to_out")),
+}
+
+
+def attention_tensors(
+    unet: nn.Module, layers: str = "cross-kv", kinds: Sequence[str] = ("weight", "bias")
+) -> list[str]:
+    """Names of attention parameters in the order of `unet.named_parameters()`.
+
+    layers: "cross-kv" (keys and values of the text), "cross" (all projections of cross-attention) or "attention"
+    (self-attention too, what IMMA's published code immunises). kinds: weights, biases or both.
+    Raises RaygardError for an unknown name, or if the model has no such tensors.
+    """
+    if layers not in LAYERS:
+        raise RaygardError(f"unknown layers '{layers}'{nearest(layers, LAYERS)}")
+    only_cross, projections = LAYERS[layers]
+    places = tuple(
+        f"{name}.{projection}."
+        for name, module in unet.named_modules()
+        if hasattr(module, "is_cross_attention") and (module.is_cross_attention or not only_cross)
+        for projection in projections
+    )
+    found = [
+        name for name, _ in unet.named_parameters() if name.startswith(places) and name.rpartition(".")[2] in kinds
+    ]
+    if not found:
+        raise RaygardError(f"the model has no tensors of layers '{layers}': it has no such attention")
+    return found

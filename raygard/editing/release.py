@@ -1,0 +1,104 @@
+"""An edit followed by a freeze mask, as the published FreezeAsGuard scripts do it: erase first, freeze after."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from raygard.config import ModelConfig
+from raygard.diffusion.model import load_pipeline, load_unet
+from raygard.editing.artifact import Edit
+from raygard.errors import RaygardError
+from raygard.files import readable_disk_errors
+from raygard.mask import FreezeMask
+
+MODEL, MASK = "model", "mask"
+
+
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """A combination as it is released.
+
+    mask: freezes tensors of the base below. loose: names of edited tensors that the mask leaves trainable. They are
+    part of the release, but nothing holds them; the mask then belongs to the edited base and carries no values.
+    """
+
+    mask: FreezeMask
+    loose: tuple[str, ...]
+
+    @property
+    def needs_edited_base(self) -> bool:
+        """Whether users need the edited model; otherwise the original release and the mask are the whole of it."""
+        return bool(self.loose)
+
+
+def freeze_after(unet: nn.Module, edit: Edit, frozen: Tensor | Sequence[str], **info: Any) -> Guarded:
+    """The mask that freezes `frozen` of the edited release.
+
+    unet: the original base; it is not changed. frozen, info: as in `FreezeMask.create`.
+    If every edited tensor is frozen, the mask carries the edit as its values and belongs to the original base.
+    Otherwise it is made against the edited base. It never carries part of an edit: applied to the original base such
+    a mask would pass every check and the rest of the edit would be missing.
+    A mask that freezes no edited tensor cannot tell the edited base from the original one: publish its base with it.
+    Raises RaygardError as `FreezeMask.create` and `Edit.check` do.
+    """
+    edit.check(unet)
+    held = set(FreezeMask.create(unet, frozen).frozen_names)
+    loose = tuple(name for name in edit.values if name not in held)
+    if not loose:
+        return Guarded(FreezeMask.create(unet, frozen, values=edit.values, **info), ())
+    before = {name: p.detach().clone() for name, p in unet.named_parameters() if name in edit.values}
+    edit.apply(unet)
+    try:
+        return Guarded(FreezeMask.create(unet, frozen, **info), loose)
+    finally:
+        for name, parameter in unet.named_parameters():
+            if name in before:
+                parameter.data.copy_(before[name])
+
+
+def save_edited_model(model: ModelConfig, edit: Edit, out: str | Path) -> Path:
+    """Write the edited base as a diffusers pipeline folder (safetensors), whole or not at all.
+
+    Raises RaygardError if `out` is not empty, the edit was made for another model, or the disk is full.
+    """
+    with _whole_folder(Path(out)) as folder:
+        unet = edit.apply(load_unet(model))
+        load_pipeline(model, unet).save_pretrained(str(folder), safe_serialization=True)
+    return Path(out)
+
+
+def save_guarded(model: ModelConfig, edit: Edit, frozen: Tensor | Sequence[str], out: str | Path, **info: Any) -> Path:
+    """Write what is released for an edit followed by a mask: `out/mask` and, where it is needed, `out/model`.
+
+    All of it is written or nothing. info: metadata of the mask, such as domain.
+    Raises RaygardError as `freeze_after` and `save_edited_model` do.
+    """
+    guarded = freeze_after(load_unet(model), edit, frozen, **info)
+    base = model.pretrained_model_name_or_path
+    with _whole_folder(Path(out)) as folder:
+        if guarded.needs_edited_base:
+            save_edited_model(model, edit, folder / MODEL)
+            base = f"{base} edited by {edit.method or 'an unnamed method'}"
+        replace(guarded.mask, base_model=base).save(folder / MASK)
+    return Path(out)
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` at the end. Raises RaygardError if `target` is not empty."""
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise RaygardError(f"{target} is not empty; choose another folder")
+    with readable_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            folder = Path(scratch) / target.name
+            folder.mkdir()
+            yield folder
+            folder.rename(target)
