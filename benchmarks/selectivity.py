@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,23 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity_bench import ATTACKS, Bench, blocked  # noqa: E402
+from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
 from benchmarks.selectivity_rules import RULES  # noqa: E402
-from raygard.config_file import load_config  # noqa: E402
+from raygard.mask import FreezeMask  # noqa: E402
 
-# What the domain overrides in jobs/configs/search.yaml, and its unseen classes.
-DOMAINS: dict[str, tuple[list[str], list[str]]] = {
-    "emoji-styles": (
-        ["domain.illegal=[Noto Line]", "domain.legal=[Fluent High Contrast]"],
-        ["EmojiOne Monotone"],
-    ),
-}
 COLUMNS = [(role, measure) for measure in ("distance", "loss") for role in ("illegal", "legal", "unseen")]
+GENERAL = ("rehearsed", "kept", "held out")
+KEYS = [f"general loss, {name}" for name in GENERAL]
 
 
-def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Make one mask and measure it; a row for each attack."""
+def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """Make one mask, keep it in `folder` and measure it; a row for each attack."""
     started = time.monotonic()
     mask = RULES[rule](bench, p, seed)
     learn_seconds = time.monotonic() - started
+    if isinstance(mask, FreezeMask):
+        shutil.rmtree(folder, ignore_errors=True)
+        mask.save(folder)
     rise = bench.general_loss_rise(mask)
     for name in attacks:
         users = bench.measure(mask, ATTACKS[name], bench.config.evaluation.adaptation_seeds)
@@ -55,7 +55,7 @@ def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str]) ->
             "seed": seed,
             "attack": name,
             **{f"{role} {measure}": blocked(users, role, measure) for role, measure in COLUMNS},
-            "general_loss_rise": rise,
+            **{f"general loss, {name}": value for name, value in rise.items()},
             "param_share": mask.ratio_by_params,
             "learn_seconds": round(learn_seconds, 1),
             "users": [asdict(user) for user in users],
@@ -82,11 +82,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["rule"], row["p"], row["attack"]), []).append(row)
     heads = "".join(f"{f'{role}, {measure}':<22}" for role, measure in COLUMNS)
-    lines = [f"{'rule':<15}{'p':>5} {'attack':<11}{'seeds':>6}{'params':>7}  {heads}general loss"]
+    lines = [f"{'rule':<15}{'p':>5} {'attack':<11}{'seeds':>6}{'params':>7}  {heads}general loss: {', '.join(GENERAL)}"]
     for (rule, p, attack), own in sorted(groups.items()):
         cells = "".join(f"{interval([row[f'{role} {measure}'] for row in own]):<22}" for role, measure in COLUMNS)
-        share, rise = (statistics.fmean(row[name] for row in own) for name in ("param_share", "general_loss_rise"))
-        lines.append(f"{rule:<15}{p:>5g} {attack:<11}{len(own):>6}{share:>7.1%}  {cells}{rise:+.1%}")
+        share = statistics.fmean(row["param_share"] for row in own)
+        known = {name: [row[name] for row in own if row.get(name) is not None] for name in KEYS}
+        rises = " ".join(f"{statistics.fmean(found):+.1%}" if found else "-" for found in known.values())
+        lines.append(f"{rule:<15}{p:>5g} {attack:<11}{len(own):>6}{share:>7.1%}  {cells}{rises}")
     return "\n".join(lines)
 
 
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--p", type=float, nargs="+", default=[0.3])
     parser.add_argument("--attacks", default="plain", help=f"some of {','.join(ATTACKS)}")
     parser.add_argument("--swap", action="store_true", help="exchange illegal and legal classes")
+    parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
     parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "selectivity.jsonl")
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
@@ -108,18 +111,20 @@ def main() -> None:
         for name in set(names).difference(known):
             parser.error(f"'{name}' is not one of {', '.join(known)}")
     torch.set_num_threads(1)
-    overrides, unseen = DOMAINS[arguments.domain]
-    config = load_config(HERE.parent / "jobs" / "configs" / "search.yaml", [*overrides, *arguments.overrides])
+    bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, arguments.overrides)
     if arguments.swap:
-        domain = config.domain.model_copy(update={"illegal": config.domain.legal, "legal": config.domain.illegal})
-        config = config.model_copy(update={"domain": domain})
-    bench = Bench(config, arguments.cache, unseen)
+        domain = bench.config.domain
+        swapped = domain.model_copy(update={"illegal": domain.legal, "legal": domain.illegal})
+        bench = replace(bench, config=bench.config.model_copy(update={"domain": swapped}))
     about = {"domain": arguments.domain, "swap": arguments.swap, "overrides": arguments.overrides}
     rows = []
     for p in arguments.p:
         for rule in rules:
             for seed in range(arguments.seeds):
-                for row in run(bench, rule, p, seed, attacks):
+                folder = (
+                    arguments.cache / "masks" / f"{arguments.domain}{'-swap' * arguments.swap}-{rule}-p{p:g}-{seed}"
+                )
+                for row in run(bench, rule, p, seed, attacks, folder):
                     with arguments.results.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps({**about, **row}) + "\n")
                     rows.append(row)

@@ -8,7 +8,7 @@ much of what full fine-tuning gains was blocked. Distances are to the *original*
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,18 +78,54 @@ class User:
     guarded: Result
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Finer than whole tensors: after every user step a weight's change (out, d) becomes change @ allowed (d, d).
+
+    base: the release, by name. allowed: by name of the weight; other tensors are trained freely.
+    """
+
+    base: Mapping[str, Tensor]
+    allowed: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def project(self, unet: nn.Module) -> None:
+        """Take the forbidden part out of what the user has changed."""
+        for name, parameter in unet.named_parameters():
+            if name in self.allowed:
+                change = (parameter - self.base[name]).reshape(len(parameter), -1) @ self.allowed[name]
+                parameter.copy_(self.base[name] + change.view_as(parameter))
+
+    @property
+    def ratio_by_params(self) -> float:
+        """Share of the directions of all parameters that is forbidden."""
+        forbidden = sum(
+            (1 - float(allowed.trace()) / len(allowed)) * self.base[name].numel()
+            for name, allowed in self.allowed.items()
+        )
+        return forbidden / sum(value.numel() for value in self.base.values())
+
+
+Defence = FreezeMask | Projection
+
+
 @dataclass
 class Bench:
-    """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`."""
+    """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`.
+
+    unseen: legal classes that no rule may look at. held_out: captions of general pictures that the base model was not
+    trained on either, by class.
+    """
 
     config: RunConfig
     cache: Path
     unseen: Sequence[str] = ()
+    held_out: Mapping[str, Set[str]] = field(default_factory=dict)
     _embedded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def roles(self) -> dict[str, str]:
-        """Role of each class that users adapt to; `unseen` are legal ones that no rule may look at."""
+        """Role of each class that users adapt to."""
         return {**self.classes, **dict.fromkeys(self.unseen, "unseen")}
 
     @property
@@ -111,12 +147,19 @@ class Bench:
         )
 
     @cached_property
-    def general(self) -> tuple[LatentSet, LatentSet]:
-        """Pretraining material: nine tenths to retain the release's quality with, the rest to measure it on."""
+    def general(self) -> dict[str, LatentSet]:
+        """General pictures: nine tenths of the pretraining ones are `rehearsed` by rules, a tenth is `kept` from them;
+        `held out` ones are new to the base model too.
+        """
         found = self._load("base_loss", [(cls, "general") for cls in self.config.domain.general])
-        order = torch.randperm(len(found), generator=generator(self.config.seed, "general parts"))
-        cut = len(found) * 9 // 10
-        return found.subset(order[:cut]), found.subset(order[cut:])
+        fresh = torch.tensor(
+            [caption in self.held_out.get(cls, ()) for cls, caption in zip(found.classes, found.captions, strict=True)]
+        )
+        known = (~fresh).nonzero().flatten()
+        order = known[torch.randperm(len(known), generator=generator(self.config.seed, "general parts"))]
+        cut = len(known) * 9 // 10
+        rows = {"rehearsed": order[:cut], "kept": order[cut:], "held out": fresh.nonzero().flatten()}
+        return {name: found.subset(index) for name, index in rows.items()}
 
     @cached_property
     def loss(self) -> DiffusionLoss:
@@ -164,9 +207,16 @@ class Bench:
             parts = [self.alias(part, cls, ALIASES[0]) for part in parts]
         return parts[0], parts[1]
 
-    def adapted(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> Result:
-        """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `mask`."""
-        train, reference = self.users(cls, attack)
+    def adapted(self, defence: Defence | None, cls: str, attack: Attack, seed: int) -> Result:
+        """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `defence`."""
+        return self._result(self._user(defence, cls, attack, seed), cls, self.users(cls, attack)[1])
+
+    def drawn(self, defence: Defence | None, cls: str, attack: Attack, seed: int, count: int) -> NDArray[np.uint8]:
+        """What that user draws for the first reference captions: uint8 (count, H, W, 3)."""
+        return self._draw(self._user(defence, cls, attack, seed), cls, self.users(cls, attack)[1], count)
+
+    def _user(self, defence: Defence | None, cls: str, attack: Attack, seed: int) -> nn.Module:
+        train = self.users(cls, attack)[0]
         adapt = self.config.adapt
         settings = adapt.model_copy(
             update={
@@ -175,8 +225,10 @@ class Bench:
             }
         )
         unet = load_unet(self.config.model)
-        full(unet, train, settings, self.loss, mask=mask, seed=seed)
-        return self._result(unet, cls, reference)
+        mask = defence if isinstance(defence, FreezeMask) else None
+        project = defence.project if isinstance(defence, Projection) else lambda _: None
+        full(unet, train, settings, self.loss, mask=mask, seed=seed, on_step=lambda _step, _loss: project(unet))
+        return unet
 
     def unguarded(self, cls: str, attack: Attack, seed: int) -> Result:
         """The same without any mask, computed once and kept in the cache."""
@@ -200,20 +252,24 @@ class Bench:
     @cached_property
     def retain_loss(self) -> float:
         """The original release's loss on the general pictures that a rule retains quality with."""
-        return self._released_loss("retain", lambda: self.general[0])
+        return self._released_loss("general rehearsed", lambda: self.general["rehearsed"])
 
-    def general_loss_rise(self, mask: FreezeMask) -> float:
-        """By what share the mask's values raise the release's loss on the general pictures no rule retains on."""
+    def general_loss_rise(self, defence: Defence) -> dict[str, float]:
+        """By what share the defence's values raise the release's loss on general pictures of each kind."""
         unet = load_unet(self.config.model)
-        mask.apply(unet)
-        return self._held_out(unet, self.general[1]) / self._released_loss("general", lambda: self.general[1]) - 1
+        if isinstance(defence, FreezeMask):
+            defence.apply(unet)
+        return {
+            name: self._held_out(unet, data) / self._released_loss(f"general {name}", lambda: data) - 1  # noqa: B023
+            for name, data in self.general.items()
+        }
 
     def mask(self, frozen: Tensor | Sequence[str], values: Mapping[str, Tensor] | None = None) -> FreezeMask:
         """A mask of the release that freezes these tensors (names, or bool (N,)), perhaps with new values for them."""
         return FreezeMask.create(load_unet(self.config.model), frozen, values=values)
 
-    def measure(self, mask: FreezeMask, attack: Attack, seeds: Sequence[int]) -> list[User]:
-        """What became of one user for each class and adaptation seed under `mask`."""
+    def measure(self, defence: Defence, attack: Attack, seeds: Sequence[int]) -> list[User]:
+        """What became of one user for each class and adaptation seed under `defence`."""
         return [
             User(
                 cls,
@@ -221,29 +277,32 @@ class Bench:
                 seed,
                 self.released(cls, attack),
                 self.unguarded(cls, attack, seed),
-                self.adapted(mask, cls, attack, seed),
+                self.adapted(defence, cls, attack, seed),
             )
             for seed in seeds
             for cls, role in self.roles.items()
         ]
 
     def _result(self, unet: nn.Module, cls: str, reference: LatentSet) -> Result:
-        count, config = self.config.generation.num_images, self.config
-        captions = reference.captions[:count]
-        pipeline = load_pipeline(config.model, unet)
-        keys = [(cls, index) for index in range(len(captions))]
-        drawn = self._scorer.embed(generate(pipeline, captions, keys, config.generation, config.seed))
-        distance = float(self._scorer.distances(drawn, self._references(cls)).mean())
+        drawn = self._scorer.embed(self._draw(unet, cls, reference, self.config.generation.num_images))
+        if cls not in self._embedded:
+            self._embedded[cls] = self._scorer.embed(self.reference_pictures(cls))
+        distance = float(self._scorer.distances(drawn, self._embedded[cls]).mean())
         return Result(self._held_out(unet, reference), distance)
 
-    def _references(self, cls: str) -> NDArray[np.float32]:
-        if cls not in self._embedded:
-            pictures = self._domain.view("select").pictures(cls, "select_reference")
-            domain = with_resolution(self.config.domain, self.config.model)
-            assert domain.resolution is not None
-            found = [read_pixels(picture.path, domain.resolution) for picture in pictures]
-            self._embedded[cls] = self._scorer.embed(np.stack(found))
-        return self._embedded[cls]
+    def _draw(self, unet: nn.Module, cls: str, reference: LatentSet, count: int) -> NDArray[np.uint8]:
+        captions = [reference.captions[index % len(reference)] for index in range(count)]
+        keys = [(cls, index) for index in range(count)]
+        return generate(
+            load_pipeline(self.config.model, unet), captions, keys, self.config.generation, self.config.seed
+        )
+
+    def reference_pictures(self, cls: str) -> NDArray[np.uint8]:
+        """The pictures of part select_reference, (n, H, W, 3)."""
+        domain = with_resolution(self.config.domain, self.config.model)
+        assert domain.resolution is not None
+        pictures = self._domain.view("select").pictures(cls, "select_reference")
+        return np.stack([read_pixels(picture.path, domain.resolution) for picture in pictures])
 
     def _key(self, *parts: object) -> str:
         config = self.config

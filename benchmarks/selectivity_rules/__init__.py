@@ -1,13 +1,18 @@
-"""Rules the bench compares: `rule(bench, p, seed) -> FreezeMask`. A file for each idea, its hypothesis first."""
+"""Rules the bench compares: `rule(bench, p, seed) -> Defence`. A file for each idea, its hypothesis first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.selectivity_bench import Bench
-from benchmarks.selectivity_rules import edit, freeze, teach
-from raygard.mask import FreezeMask
+from benchmarks.selectivity_bench import Bench, Defence
+from benchmarks.selectivity_rules import directions, freeze, guard, published, teach
 
-Rule = Callable[[Bench, float, int], FreezeMask]
+Rule = Callable[[Bench, float, int], Defence]
 
-RULES: dict[str, Rule] = {**freeze.RULES, **teach.RULES, **edit.RULES}
+RULES: dict[str, Rule] = {
+    **freeze.RULES,
+    **published.RULES,
+    **teach.RULES,
+    **guard.RULES,
+    **directions.RULES,
+}

@@ -21,6 +21,8 @@ from raygard.diffusion.model import load_unet
 from raygard.mask import FreezeMask
 from raygard.seeding import generator
 
+Rule = Callable[[Bench, float, int], FreezeMask]
+
 
 def sizes(bench: Bench) -> torch.Tensor:
     """Elements of each tensor, int64 (N,)."""
@@ -42,16 +44,16 @@ def busy_layer(bench: Bench, p: float, seed: int) -> FreezeMask:
     return bench.mask(ranked[: round(p * len(ranked))])
 
 
-def control(name: str) -> Callable[[Bench, float, int], FreezeMask]:
-    """A rule from raygard.baselines; random-matched takes the parameter share of the learned mask."""
+def control(name: str, like: Rule | None = None) -> Rule:
+    """A rule from raygard.baselines; random-matched has the share of parameters of the mask `like`."""
 
     def rule(bench: Bench, p: float, seed: int) -> FreezeMask:
         count = sizes(bench)
-        like = torch.zeros(len(count), dtype=torch.bool)
-        like[: round(p * len(count))] = True
-        if name == "random-matched":
-            like = budget(bench, p, seed).frozen
-        return bench.mask(choose_frozen(name, count, like, generator(seed, "selectivity", name)))
+        learned = torch.zeros(len(count), dtype=torch.bool)
+        learned[: round(p * len(count))] = True
+        if like is not None:
+            learned = like(bench, p, seed).frozen
+        return bench.mask(choose_frozen(name, count, learned, generator(seed, "selectivity", name)))
 
     return rule
 
@@ -78,5 +80,7 @@ def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
 RULES = {
     "budget": budget,
     "busy-layer": busy_layer,
-    **{name: control(name) for name in ("random", "random-matched", "largest-first")},
+    **{name: control(name) for name in ("random", "largest-first")},
+    "random-matched": control("random-matched", like=budget),
+    "random-as-largest": control("random-matched", like=control("largest-first")),
 }

@@ -11,7 +11,7 @@ than what he may train can repair. Loss: L_legal + general * L_general - poison 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,26 +19,29 @@ from torch import Tensor, nn
 
 from benchmarks.selectivity_bench import ALIASES, Bench
 from benchmarks.selectivity_rules.freeze import largest_names
-from raygard.diffusion.cache import LatentSet
-from raygard.diffusion.loss import draw
+from benchmarks.selectivity_rules.weights import batches, pseudoword, timestep_weights
 from raygard.diffusion.model import load_unet
 from raygard.mask import FreezeMask
-from raygard.seeding import generator
 
 
 @dataclass(frozen=True)
 class TeachSettings:
     """steps, lr, batch: of the publisher's training (AdamW, cosine); a step sees twice as many general pictures.
 
-    general, poison: weights of the loss. cap: illegal loss above which nothing more is asked.
+    legal, general, poison: weights of the loss. cap: illegal loss above which nothing more is asked. relative: every
+    error counts relative to the release's, half in the mean and half at its noise (see weights.py); cap and weights
+    too. renamed: legal pictures are also taught under names that mean nothing.
     """
 
     steps: int = 400
     lr: float = 4e-4
     batch: int = 8
+    legal: float = 1.0
     general: float = 10.0
     poison: float = 0.0
     cap: float = 1.0
+    relative: bool = False
+    renamed: bool = False
 
 
 def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSettings) -> dict[str, Tensor]:
@@ -51,10 +54,15 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
         optimizer, lambda n: min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / settings.steps))
     )
     size, domain = settings.batch, bench.config.domain
+    weigh = timestep_weights(bench) if settings.relative else _unweighted
     legal = [bench.learn.subset(bench.learn.rows(cls)) for cls in domain.legal]
+    if settings.renamed:
+        legal += [
+            bench.alias(data, cls, pseudoword(seed, cls, 0)) for cls, data in zip(domain.legal, legal, strict=True)
+        ]
     sources = [
         batches(bench, legal, seed, "teach legal", size),
-        batches(bench, [bench.general[0]], seed, "teach general", 2 * size),
+        batches(bench, [bench.general["rehearsed"]], seed, "teach general", 2 * size),
     ]
     if settings.poison > 0:
         illegal = {cls: bench.learn.subset(bench.learn.rows(cls)) for cls in domain.illegal}
@@ -62,11 +70,16 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
         sources.append(batches(bench, list(illegal.values()), seed, "teach illegal", size // 2))
         sources.append(batches(bench, renamed, seed, "teach renamed", size // 2))
     for _ in range(settings.steps):
-        joined = [torch.cat(tensors) for tensors in zip(*(next(source) for source in sources), strict=True)]
-        losses = bench.loss.per_sample(release, *joined)
-        total = losses[:size].mean() + settings.general * losses[size : 3 * size].mean()
+        latents, text, noise, timesteps = (torch.cat(found) for found in zip(*map(next, sources), strict=True))
+        errors = bench.loss.per_sample(release, latents, text, noise, timesteps)
+        parts = torch.tensor_split(torch.stack([errors, timesteps]), [size, 3 * size], dim=1)
+        losses = [
+            weigh(role, part[0], part[1].long())
+            for role, part in zip(("legal", "general", "illegal"), parts, strict=True)
+        ]
+        total = settings.legal * losses[0].mean() + settings.general * losses[1].mean()
         if settings.poison > 0:
-            total = total - settings.poison * losses[3 * size :].clamp(max=settings.cap).mean()
+            total = total - settings.poison * losses[2].clamp(max=settings.cap).mean()
         for value, gradient in zip(held, torch.autograd.grad(total, held), strict=True):
             value.grad = gradient
         torch.nn.utils.clip_grad_norm_(held, 1.0)
@@ -75,27 +88,15 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
     return {name: value.detach().clone() for name, value in values.items()}
 
 
+def _unweighted(role: str, errors: Tensor, timesteps: Tensor) -> Tensor:
+    return errors
+
+
 def share(unet: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
     """Put `values` in the place of the module's parameters of these names, so that they are one storage."""
     for name, value in values.items():
         module, _, leaf = name.rpartition(".")
         setattr(unet.get_submodule(module), leaf, value)
-
-
-def batches(bench: Bench, sets: Sequence[LatentSet], seed: int, stream: str, size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Endless (latents, text, noise, timesteps); each row from one of `sets`, drawn with equal chance."""
-    step = 0
-    while True:
-        rng = generator(seed, stream, step)
-        eps, noise, timesteps = draw(seed, stream, step, range(size), sets[0].shape, bench.loss.num_timesteps)
-        latents, text = [], []
-        for sample in range(size):
-            data = sets[int(torch.randint(len(sets), (), generator=rng))]
-            row = torch.randint(len(data), (1,), generator=rng)
-            latents.append(data.latents(row, eps[sample : sample + 1]))
-            text.append(data.text[row])
-        yield torch.cat(latents), torch.cat(text), noise, timesteps
-        step += 1
 
 
 def _rule(settings: TeachSettings) -> Callable[[Bench, float, int], FreezeMask]:
@@ -109,5 +110,9 @@ def _rule(settings: TeachSettings) -> Callable[[Bench, float, int], FreezeMask]:
 RULES = {
     "teach": _rule(TeachSettings()),
     "poison": _rule(TeachSettings(poison=0.3)),
-    "poison-long": _rule(TeachSettings(poison=0.3, steps=1200)),
+    "know": _rule(TeachSettings(poison=0.3, cap=1.5, general=3.0, steps=600, relative=True, renamed=True)),
+    "know-more": _rule(
+        TeachSettings(poison=0.3, cap=1.5, legal=3.0, general=10.0, steps=1000, relative=True, renamed=True)
+    ),
+    "know-kept": _rule(TeachSettings(poison=0.3, cap=1.5, general=10.0, steps=1000, relative=True, renamed=True)),
 }

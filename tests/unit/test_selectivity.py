@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.selectivity import interval
+from benchmarks.faces_small import HELD_OUT, collect
+from benchmarks.selectivity import interval, table
 from benchmarks.selectivity_bench import Result, User, blocked
+from benchmarks.selectivity_domains import DOMAINS
 from benchmarks.selectivity_rules.teach import share
+from raygard.errors import RaygardError
 
 
 def user(role: str, base: float, full: float, guarded: float) -> User:
@@ -39,3 +45,60 @@ def test_shared_values_are_one_storage_in_every_model() -> None:
         values["0.weight"].fill_(3.0)
     assert all(torch.equal(model[0].weight, torch.full((2, 2), 3.0)) for model in models)
     assert [name for name, _ in models[0].named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_faces_are_divided_into_people_to_learn_and_general_ones_some_of_them_held_out(tmp_path: Path) -> None:
+    for folder, rows in (
+        ("faces_congress", [(f"images/{n}.png", "portrait", f"Jane {n}") for n in range(30)]),
+        ("faces_olivetti", [(f"person_{n:02}/01.png", "grey", f"person {n:02}") for n in (1, 20, *range(21, 41))]),
+    ):
+        for name, text, cls in rows:
+            file = tmp_path / folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(name.encode())
+            with (tmp_path / folder / "metadata.jsonl").open("a") as stream:
+                stream.write(json.dumps({"file_name": name, "text": text, "class": cls}) + "\n")
+    collect(tmp_path, tmp_path / "out")
+    found = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    classes = [row["class"] for row in found]
+    assert {name: classes.count(name) for name in set(classes)} == {
+        "person 01": 1,
+        "person 20": 1,
+        HELD_OUT: 50 // 20,
+        "portrait": 30 - sum(row["class"] == HELD_OUT and "congress" in row["file_name"] for row in found),
+        "known person": 20 - sum(row["class"] == HELD_OUT and "olivetti" in row["file_name"] for row in found),
+    }
+    assert all((tmp_path / "out" / row["file_name"]).read_bytes() for row in found)
+    with pytest.raises(RaygardError, match="faces_congress and faces_olivetti"):
+        collect(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_table_shows_what_is_not_known_as_a_dash() -> None:
+    row = {"rule": "random", "p": 0.3, "attack": "plain", "param_share": 0.5, "general loss, kept": 0.125}
+    row |= {f"{role} {measure}": 0.25 for role in ("illegal", "legal") for measure in ("distance", "loss")}
+    line = table([{**row, "unseen distance": None, "unseen loss": None}]).splitlines()[1]
+    assert line.split() == [
+        "random",
+        "0.3",
+        "plain",
+        "1",
+        "50.0%",
+        *["+0.25"] * 2,
+        "-",
+        *["+0.25"] * 2,
+        "-",
+        "-",
+        "+12.5%",
+        "-",
+    ]
+
+
+def test_the_control_of_one_style_gives_each_third_its_own_name(tmp_path: Path) -> None:
+    bench = DOMAINS["one-style"](tmp_path, None, [])
+    rows = [json.loads(line) for line in (tmp_path / "one-style" / "metadata.jsonl").read_text().splitlines()]
+    thirds = [[row for row in rows if row["class"] == cls] for cls in bench.roles]
+    assert max(map(len, thirds)) - min(map(len, thirds)) <= 1
+    assert all(row["text"].endswith(f"in the style of {row['class']}") for third in thirds for row in third)
+    concepts = [{row["concept"] for row in third} for third in thirds]
+    assert not concepts[0] & concepts[1] and not concepts[1] & concepts[2]

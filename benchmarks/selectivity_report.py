@@ -1,0 +1,106 @@
+"""Table and pictures of what benchmarks/selectivity.py recorded; nothing is run but what --samples draws.
+
+    python benchmarks/selectivity_report.py [--results FILE] [--front FILE.png]
+    python benchmarks/selectivity_report.py --samples FILE.png --mask FOLDER --domain emoji-styles --cache DIR
+
+--front: mitigation against legal impact by scorer, a point for each rule, p and seed, and the target's corner.
+--samples: what users draw after learning each class from the release, without and with a mask the bench has kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.selectivity import table  # noqa: E402
+from benchmarks.selectivity_bench import ATTACKS, Bench  # noqa: E402
+from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
+from raygard.mask import FreezeMask  # noqa: E402
+
+TARGET = (0.05, 0.5)
+
+
+def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel for each domain; the plain attack only."""
+    from matplotlib.figure import Figure
+
+    domains = sorted({row["domain"] for row in rows})
+    figure = Figure(figsize=(6.2 * len(domains), 4.6), layout="constrained")
+    for axes, domain in zip(np.atleast_1d(figure.subplots(1, len(domains))), domains, strict=True):
+        own = [row for row in rows if row["domain"] == domain and row["attack"] == "plain" and not row["swap"]]
+        for number, rule in enumerate(sorted({row["rule"] for row in own})):
+            for filled, role in ((True, "legal"), (False, "unseen")):
+                points = [
+                    (row[f"{role} distance"], row["illegal distance"], row["p"]) for row in own if row["rule"] == rule
+                ]
+                axes.scatter(
+                    [x for x, _, _ in points],
+                    [y for _, y, _ in points],
+                    s=[30 + 90 * p for _, _, p in points],
+                    marker="osD^v<>PX*hd"[number % 12],
+                    color=f"C{number % 10}" if filled else "none",
+                    edgecolors=f"C{number % 10}",
+                    label=rule if filled else None,
+                )
+        axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
+        low = min(-0.6, axes.get_xlim()[0])
+        axes.fill_between([low, TARGET[0]], TARGET[1], 3.0, color="tab:green", alpha=0.12, linewidth=0)
+        axes.set(xlim=(low, 1.6), ylim=(-0.1, 1.7), title=domain)
+        axes.set(xlabel="legal impact (hollow: unseen legal classes)", ylabel="mitigation")
+        axes.legend(fontsize=7, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def samples(bench: Bench, mask: FreezeMask, path: Path, columns: int = 8) -> None:
+    """Three rows a class: references, drawn after unguarded learning, drawn after learning under `mask`."""
+    rows = []
+    for cls in bench.roles:
+        rows.append(bench.reference_pictures(cls)[:columns])
+        rows.extend(bench.drawn(defence, cls, ATTACKS["plain"], 0, columns) for defence in (None, mask))
+    side = rows[0].shape[1]
+    sheet = Image.new("RGB", (columns * (side + 2), len(rows) * (side + 2)), "#888888")
+    for y, pictures in enumerate(rows):
+        for x, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (x * (side + 2) + 1, y * (side + 2) + 1))
+    sheet.save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "selectivity.jsonl")
+    parser.add_argument("--front", type=Path)
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--mask", type=Path, help="folder under CACHE/masks")
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="emoji-styles")
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
+    arguments = parser.parse_args()
+    if arguments.samples:
+        if arguments.mask is None:
+            parser.error("--samples needs --mask")
+        torch.set_num_threads(1)
+        bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [])
+        samples(bench, FreezeMask.load(arguments.mask), arguments.samples)
+        return
+    rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
+    for domain, swap in sorted({(row["domain"], row["swap"]) for row in rows}):
+        print(f"{domain}{', illegal and legal exchanged' * swap}")
+        print(table([row for row in rows if (row["domain"], row["swap"]) == (domain, swap)]) + "\n")
+    if arguments.front:
+        front(rows, arguments.front)
+
+
+if __name__ == "__main__":
+    main()
