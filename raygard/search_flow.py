@@ -362,8 +362,14 @@ class SearchFlow:
 
 
 def learned_entry(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """The learned mask's row of an outcome's summary."""
-    return next(row for row in outcome["summary"] if row["defence"] == LEARNED)
+    """The learned mask's row of an outcome's summary. Raises RaygardError if no user under it was measured."""
+    for row in outcome["summary"]:
+        if row["defence"] == LEARNED:
+            return dict(row)
+    raise RaygardError(
+        "no user under the released mask could be measured; failures.json beside outcome.json says why, "
+        "mend it and run the same command again"
+    )
 
 
 def search_folders(configs: Sequence[RunConfig], out: Path) -> list[Path]:

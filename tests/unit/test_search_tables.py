@@ -5,8 +5,10 @@ import io
 
 import pytest
 
+from raygard.errors import RaygardError
 from raygard.search.choice import choose, with_outcome
 from raygard.search.tables import domains_markdown, domains_table, format_trials, trials_csv
+from raygard.search_flow import learned_entry
 
 COLUMNS = (
     "domain,trial_id,candidate_id,phase,status,incomplete,p,T,L,K,rule,illegal_weight,legal_weight,freeze_ratio,param_share,"
@@ -217,3 +219,10 @@ def test_domain_not_yet_scored_on_the_user_half_shows_no_publisher_numbers():
     row = domains_table([searched(TRIALS)]).splitlines()[2]
     assert row.count("not scored") == 2
     assert "0.200" not in row
+
+
+def test_a_released_mask_without_any_measured_user_is_one_line() -> None:
+    row = {"defence": "freeze", "mitigation": 0.5}
+    assert learned_entry({"summary": [{"defence": "none"}, row]}) == row
+    with pytest.raises(RaygardError, match=r"failures\.json"):
+        learned_entry({"summary": [{"defence": "none"}]})
