@@ -29,6 +29,7 @@ from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
 from raygard.mask import FreezeMask  # noqa: E402
 
 TARGET = (0.05, 0.5)
+LIMIT = 1.7
 
 
 def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -36,10 +37,14 @@ def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     domains = sorted({row["domain"] for row in rows})
+    rules = sorted({row["rule"] for row in rows})
     figure = Figure(figsize=(6.2 * len(domains), 4.6), layout="constrained")
     for axes, domain in zip(np.atleast_1d(figure.subplots(1, len(domains))), domains, strict=True):
         own = [row for row in rows if row["domain"] == domain and row["attack"] == "plain" and not row["swap"]]
-        for number, rule in enumerate(sorted({row["rule"] for row in own})):
+        outside = sum(row["illegal distance"] > LIMIT or row["legal distance"] > LIMIT for row in own)
+        for number, rule in enumerate(rules):
+            if not any(row["rule"] == rule for row in own):
+                continue
             for filled, role in ((True, "legal"), (False, "unseen")):
                 points = [
                     (row[f"{role} distance"], row["illegal distance"], row["p"]) for row in own if row["rule"] == rule
@@ -56,7 +61,7 @@ def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
         low = min(-0.6, axes.get_xlim()[0])
         axes.fill_between([low, TARGET[0]], TARGET[1], 3.0, color="tab:green", alpha=0.12, linewidth=0)
-        axes.set(xlim=(low, 1.6), ylim=(-0.1, 1.7), title=domain)
+        axes.set(xlim=(low, LIMIT), ylim=(-0.1, LIMIT), title=f"{domain} ({outside} masks beyond the axes)")
         axes.set(xlabel="legal impact (hollow: unseen legal classes)", ylabel="mitigation")
         axes.legend(fontsize=7, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
