@@ -78,37 +78,6 @@ class User:
     guarded: Result
 
 
-@dataclass(frozen=True)
-class Projection:
-    """Finer than whole tensors: after every user step a weight's change (out, d) becomes change @ allowed (d, d).
-
-    base: the release, by name. allowed: by name of the weight; other tensors are trained freely.
-    """
-
-    base: Mapping[str, Tensor]
-    allowed: Mapping[str, Tensor]
-
-    @torch.no_grad()
-    def project(self, unet: nn.Module) -> None:
-        """Take the forbidden part out of what the user has changed."""
-        for name, parameter in unet.named_parameters():
-            if name in self.allowed:
-                change = (parameter - self.base[name]).reshape(len(parameter), -1) @ self.allowed[name]
-                parameter.copy_(self.base[name] + change.view_as(parameter))
-
-    @property
-    def ratio_by_params(self) -> float:
-        """Share of the directions of all parameters that is forbidden."""
-        forbidden = sum(
-            (1 - float(allowed.trace()) / len(allowed)) * self.base[name].numel()
-            for name, allowed in self.allowed.items()
-        )
-        return forbidden / sum(value.numel() for value in self.base.values())
-
-
-Defence = FreezeMask | Projection
-
-
 @dataclass
 class Bench:
     """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`.
@@ -207,15 +176,15 @@ class Bench:
             parts = [self.alias(part, cls, ALIASES[0]) for part in parts]
         return parts[0], parts[1]
 
-    def adapted(self, defence: Defence | None, cls: str, attack: Attack, seed: int) -> Result:
-        """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `defence`."""
-        return self._result(self._user(defence, cls, attack, seed), cls, self.users(cls, attack)[1])
+    def adapted(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> Result:
+        """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `mask`."""
+        return self._result(self._user(mask, cls, attack, seed), cls, self.users(cls, attack)[1])
 
-    def drawn(self, defence: Defence | None, cls: str, attack: Attack, seed: int, count: int) -> NDArray[np.uint8]:
+    def drawn(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int, count: int) -> NDArray[np.uint8]:
         """What that user draws for the first reference captions: uint8 (count, H, W, 3)."""
-        return self._draw(self._user(defence, cls, attack, seed), cls, self.users(cls, attack)[1], count)
+        return self._draw(self._user(mask, cls, attack, seed), cls, self.users(cls, attack)[1], count)
 
-    def _user(self, defence: Defence | None, cls: str, attack: Attack, seed: int) -> nn.Module:
+    def _user(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> nn.Module:
         train = self.users(cls, attack)[0]
         adapt = self.config.adapt
         settings = adapt.model_copy(
@@ -225,9 +194,7 @@ class Bench:
             }
         )
         unet = load_unet(self.config.model)
-        mask = defence if isinstance(defence, FreezeMask) else None
-        project = defence.project if isinstance(defence, Projection) else lambda _: None
-        full(unet, train, settings, self.loss, mask=mask, seed=seed, on_step=lambda _step, _loss: project(unet))
+        full(unet, train, settings, self.loss, mask=mask, seed=seed)
         return unet
 
     def unguarded(self, cls: str, attack: Attack, seed: int) -> Result:
@@ -254,11 +221,10 @@ class Bench:
         """The original release's loss on the general pictures that a rule retains quality with."""
         return self._released_loss("general rehearsed", lambda: self.general["rehearsed"])
 
-    def general_loss_rise(self, defence: Defence) -> dict[str, float]:
-        """By what share the defence's values raise the release's loss on general pictures of each kind."""
+    def general_loss_rise(self, mask: FreezeMask) -> dict[str, float]:
+        """By what share the mask's values raise the release's loss on general pictures of each kind."""
         unet = load_unet(self.config.model)
-        if isinstance(defence, FreezeMask):
-            defence.apply(unet)
+        mask.apply(unet)
         return {
             name: self._held_out(unet, data) / self._released_loss(f"general {name}", lambda: data) - 1  # noqa: B023
             for name, data in self.general.items()
@@ -268,8 +234,8 @@ class Bench:
         """A mask of the release that freezes these tensors (names, or bool (N,)), perhaps with new values for them."""
         return FreezeMask.create(load_unet(self.config.model), frozen, values=values)
 
-    def measure(self, defence: Defence, attack: Attack, seeds: Sequence[int]) -> list[User]:
-        """What became of one user for each class and adaptation seed under `defence`."""
+    def measure(self, mask: FreezeMask, attack: Attack, seeds: Sequence[int]) -> list[User]:
+        """What became of one user for each class and adaptation seed under `mask`."""
         return [
             User(
                 cls,
@@ -277,7 +243,7 @@ class Bench:
                 seed,
                 self.released(cls, attack),
                 self.unguarded(cls, attack, seed),
-                self.adapted(defence, cls, attack, seed),
+                self.adapted(mask, cls, attack, seed),
             )
             for seed in seeds
             for cls, role in self.roles.items()

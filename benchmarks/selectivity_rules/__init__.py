@@ -1,18 +1,13 @@
-"""Rules the bench compares: `rule(bench, p, seed) -> Defence`. A file for each idea, its hypothesis first."""
+"""Rules the bench compares: `rule(bench, p, seed) -> FreezeMask`. A file for each idea, its hypothesis first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.selectivity_bench import Bench, Defence
-from benchmarks.selectivity_rules import directions, freeze, guard, published, teach
+from benchmarks.selectivity_bench import Bench
+from benchmarks.selectivity_rules import freeze, published, teach
+from raygard.mask import FreezeMask
 
-Rule = Callable[[Bench, float, int], Defence]
+Rule = Callable[[Bench, float, int], FreezeMask]
 
-RULES: dict[str, Rule] = {
-    **freeze.RULES,
-    **published.RULES,
-    **teach.RULES,
-    **guard.RULES,
-    **directions.RULES,
-}
+RULES: dict[str, Rule] = {**freeze.RULES, **published.RULES, **teach.RULES}

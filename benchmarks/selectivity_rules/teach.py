@@ -6,6 +6,10 @@ illegal ones are blocked as before.
 
 Hypothesis of `poison`: besides, values that denoise illegal pictures badly, under any name, cost an illegal user more
 than what he may train can repair. Loss: L_legal + general * L_general - poison * min(L_illegal, cap).
+
+Hypothesis of `know-more`: what a picture becomes is decided at high noise, where the plain loss is a hundredth of its
+value at low noise and users under a freeze end worse than the release. So every error counts relative to the release's
+at its own noise. Legal pictures are also taught under a name that means nothing.
 """
 
 from __future__ import annotations
@@ -110,9 +114,7 @@ def _rule(settings: TeachSettings) -> Callable[[Bench, float, int], FreezeMask]:
 RULES = {
     "teach": _rule(TeachSettings()),
     "poison": _rule(TeachSettings(poison=0.3)),
-    "know": _rule(TeachSettings(poison=0.3, cap=1.5, general=3.0, steps=600, relative=True, renamed=True)),
     "know-more": _rule(
         TeachSettings(poison=0.3, cap=1.5, legal=3.0, general=10.0, steps=1000, relative=True, renamed=True)
     ),
-    "know-kept": _rule(TeachSettings(poison=0.3, cap=1.5, general=10.0, steps=1000, relative=True, renamed=True)),
 }
