@@ -1,5 +1,7 @@
 """Run by test_search.py: on a cluster of one CPU, really stop a trial while its workers learn.
 
+stopped_trial.py DATA SEARCHED OUT      SEARCHED: a finished search that lends its relearned state and stored results
+
 A second, newer cluster with a dashboard runs on the machine all the while; it knows nothing of the trial.
 """
 
@@ -22,7 +24,7 @@ import raygard.cluster.search as search
 from raygard.cluster.session import ray_session
 from raygard.config_file import load_config
 from raygard.search_flow import SearchFlow
-from tests.search_fixtures import SETTINGS
+from tests.search_fixtures import SETTINGS, lend
 
 stopped: list[str] = []
 
@@ -69,7 +71,7 @@ def end_here(*arguments: object) -> None:
 
 
 def main() -> None:
-    data, out = sys.argv[1], Path(sys.argv[2]) / "out"
+    data, searched, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     config = load_config(
         None, [*SETTINGS, f"domain.data={data}", "search.inner_steps=[2]", "bilevel.publisher_steps=6"]
     )
@@ -77,7 +79,9 @@ def main() -> None:
     SearchFlow._controls = end_here
     with ray_session(local_cpus=1, state_api=True), other_cluster():
         with contextlib.suppress(TrialsEnded):
-            SearchFlow(config, out).run()
+            flow = SearchFlow(config, out)
+            lend(searched, out)
+            flow.run()
         deadline = time.monotonic() + 60
         while ray.available_resources().get("CPU", 0.0) < 1 and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -90,6 +94,7 @@ def main() -> None:
         "stopped_while": "learning" if not records[stopped[0]]["candidates"] else "adapting",
         "statuses": {name: record["status"] for name, record in records.items()},
         "free_cpus_at_the_end": free,
+        "relearn_runs": flow.flow.relearn_runs,
     }
     print(json.dumps(facts))
 

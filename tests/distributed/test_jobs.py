@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from raygard.cluster.session import IDLE_WORKER_MS
+from raygard.config_file import load_config
 from raygard.mask import FreezeMask
 from tests.faults.test_driver_killed import end_group
-from tests.search_fixtures import SETTINGS
+from tests.search_fixtures import SETTINGS, lend
 
 pytestmark = pytest.mark.distributed
 
@@ -56,8 +58,8 @@ def status(url: str, token: str | None) -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """`ray start --head` in the foreground, with a home and a token of its own."""
+def head(searched, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """`ray start --head` in the foreground, with a home and a token of its own; begun when the search has ended."""
     home = tmp_path_factory.mktemp("home")
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # A job says `python`: it must find the interpreter that raygard is installed for.
@@ -102,9 +104,9 @@ def test_the_jobs_api_is_closed_without_the_token(head) -> None:
     assert status(f"{head.address}/api/jobs/", "wrong") in (401, 403)
 
 
-def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, tmp_path) -> None:
+def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, searched, tmp_path) -> None:
     files, out = [], tmp_path / "out"
-    for name, illegal, legal in (("first", "stripes", "checks"), ("second", "checks", "stripes")):
+    for name, illegal, legal in (("patterns", "stripes", "checks"), ("second", "checks", "stripes")):
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(f"domain: {{name: {name}, data: {patterns}, illegal: [{illegal}], legal: [{legal}]}}\n")
     configs = [part for file in files for part in ("--config", str(file))]
@@ -116,12 +118,18 @@ def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, 
         "search.fidelities=[1.0]",
         "evaluation.defences=[none,freeze]",
     )
+    # Users without a mask are the same in any role and need not be simulated again; what was relearned is not.
+    for file in files:
+        lend(searched[0], out / file.stem)
+        config = load_config(file, [*shared, *own, "evaluation.half=publisher"])
+        (out / file.stem / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     done = submit(head, "python", "jobs/search.py", *configs, "--out", str(out), "--quiet", *shared, *own, timeout=1300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert "succeeded" in done.stdout
     table = (out / "domains.md").read_text()
-    for name in ("first", "second"):
+    for name, relearn_runs in (("patterns", 0), ("second", 1)):
         search, choice = (json.loads((out / name / file).read_text()) for file in ("search.json", "choice.json"))
+        assert search["relearn_runs"] == relearn_runs
         (trial,) = search["trials"]
         assert [entry["p"] for entry in trial["candidates"]] == [0.3, 0.7]
         assert all(entry["score"] is not None for entry in trial["candidates"])

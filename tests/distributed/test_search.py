@@ -87,9 +87,11 @@ def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
     check_hierarchy(f"sqlite:///{out / 'mlflow.db'}", read(out / "choice.json"))
 
 
-def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts_beside_another_cluster(patterns, tmp_path) -> None:
+def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts_beside_another_cluster(
+    patterns, searched, tmp_path
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(STOPPED), str(patterns), str(tmp_path)],
+        [sys.executable, str(STOPPED), str(patterns), str(searched[0]), str(tmp_path / "out")],
         capture_output=True,
         text=True,
         timeout=600,
@@ -101,6 +103,8 @@ def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts_beside_anothe
     assert facts["statuses"] == {facts["stopped"]: "pruned", facts["next"]: "scored"}
     # One CPU in all: the second trial could not have learned beside a leaked placement group.
     assert facts["free_cpus_at_the_end"] == 1.0
+    # Relearning does not depend on how many steps a mask is learned for.
+    assert facts["relearn_runs"] == 0
 
 
 def command(data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
