@@ -13,7 +13,7 @@ from raygard.cli import app
 from raygard.config_file import load_config, reference_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "clusters" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[str]:
@@ -55,6 +55,6 @@ def test_links_between_documents_exist() -> None:
 
 def test_files_named_in_the_readme_exist() -> None:
     for path in re.findall(
-        r"`((?:raygard|jobs|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()
+        r"`((?:raygard|jobs|clusters|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()
     ):
         assert (ROOT / path).exists(), path
