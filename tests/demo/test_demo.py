@@ -18,12 +18,12 @@ from raygard.mask import FreezeMask
 pytestmark = pytest.mark.demo
 
 SMALLER = (
-    "relearn.max_train_steps=20",
-    "bilevel.publisher_steps=4",
-    "adapt.max_train_steps=10",
+    "relearn.max_train_steps=8",
+    "bilevel.publisher_steps=2",
+    "adapt.max_train_steps=4",
     "evaluation.random_draws=1",
     "generation.num_images=4",
-    "generation.num_inference_steps=4",
+    "generation.num_inference_steps=2",
 )
 PACKAGE = Path(raygard.__file__).parent
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +33,45 @@ def bench(tmp_path_factory, tiny_maker, imagefolder_maker) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench, ray_cluster, tmp_path_factory) -> list[dict[str, Any]]:
-    return measure(bench, tmp_path_factory.mktemp("undisturbed"), [])[0]
+def pool(bench, ray_cluster) -> Iterator[EvaluationPool]:
+    """For whoever needs no scorer that still has to read its references, and no counts from zero."""
+    with EvaluationPool.start(bench.config(*SLOW)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench, pool, tmp_path_factory) -> list[dict[str, Any]]:
+    return measure(bench, pool, tmp_path_factory.mktemp("undisturbed"), [])
 
 
 def measure(
+    bench: Bench, pool: EvaluationPool, store: Path, strikes: list[Callable[[EvaluationPool], None]], *overrides: str
+) -> list[dict[str, Any]]:
+    """Results of a run during which `strikes` are carried out, one after the other, by a thread."""
+    failed: list[BaseException] = []
+
+    def strike() -> None:
+        try:
+            for blow in strikes:
+                blow(pool)
+        except AssertionError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    inputs = bench.inputs(bench.config(*SLOW, *overrides), store)
+    results = run_jobs(bench.jobs("none", "base", classes=CLASSES), inputs, pool)
+    thread.join(300)
+    assert not thread.is_alive() and not failed, failed
+    return results
+
+
+def measure_apart(
     bench: Bench, store: Path, strikes: list[Callable[[EvaluationPool], None]], *overrides: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Results and status of a run during which `strikes` are carried out, one after the other, by a thread."""
-    config = bench.config(*SLOW, *overrides)
-    failed: list[BaseException] = []
-    with EvaluationPool.start(config) as pool:
-
-        def strike() -> None:
-            try:
-                for blow in strikes:
-                    blow(pool)
-            except AssertionError as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=strike, daemon=True)
-        thread.start()
-        results = run_jobs(bench.jobs("none", "base", classes=CLASSES), bench.inputs(config, store), pool)
-        thread.join(300)
-        assert not thread.is_alive() and not failed, failed
-        return results, pool.status()
+    """The same on actors of its own, and their status at the end."""
+    with EvaluationPool.start(bench.config(*SLOW, *overrides)) as own:
+        return measure(bench, own, store, strikes, *overrides), own.status()
 
 
 def working(pool: EvaluationPool, kind: str, items: int) -> tuple[int, int] | None:
@@ -88,7 +102,7 @@ def same(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
 
 
 def test_killed_scorer_and_generator_are_replaced(bench, undisturbed, tmp_path) -> None:
-    results, status = measure(
+    results, status = measure_apart(
         bench,
         tmp_path,
         [
@@ -106,7 +120,7 @@ def test_killed_scorer_and_generator_are_replaced(bench, undisturbed, tmp_path) 
 
 
 def test_silent_scorer_is_replaced(bench, undisturbed, tmp_path) -> None:
-    results, status = measure(
+    results, status = measure_apart(
         bench,
         tmp_path,
         [strike_at_work("scorers", 1, signal.SIGSTOP)],
@@ -117,26 +131,29 @@ def test_silent_scorer_is_replaced(bench, undisturbed, tmp_path) -> None:
     assert (status["scorers"]["done"], status["scorers"]["retried"]) == (items, 1)
 
 
-def test_killed_coordinator_starts_again_and_finishes(bench, undisturbed, tmp_path) -> None:
-    def blow(pool: EvaluationPool) -> None:
-        wait_for(lambda: working(pool, "generators", 1))
-        os.kill(pool.status()["pid"], signal.SIGKILL)
+def test_killed_coordinator_starts_again_and_finishes(bench, pool, undisturbed, tmp_path) -> None:
+    before = pool.status()
 
-    results, _ = measure(bench, tmp_path, [blow])
+    def blow(pool: EvaluationPool) -> None:
+        wait_for(lambda: working(pool, "generators", before["generators"]["done"] + 1))
+        os.kill(before["pid"], signal.SIGKILL)
+
+    results = measure(bench, pool, tmp_path, [blow])
+    assert pool.status()["pid"] != before["pid"]
     assert same(results, undisturbed)
     assert_each_picture_scored_once(results, tmp_path)
 
 
-def test_killed_adaptation_is_repeated(bench, undisturbed, tmp_path) -> None:
+def test_killed_adaptation_is_repeated(bench, pool, undisturbed, tmp_path) -> None:
     def blow(_pool: EvaluationPool) -> None:
         os.kill(wait_for(adaptations)[0].pid, signal.SIGKILL)
 
-    results, _ = measure(bench, tmp_path, [blow])
+    results = measure(bench, pool, tmp_path, [blow])
     assert same(results, undisturbed)
     assert_each_picture_scored_once(results, tmp_path)
 
 
-def test_adaptation_that_always_dies_is_reported(bench, undisturbed, tmp_path) -> None:
+def test_adaptation_that_always_dies_is_reported(bench, pool, undisturbed, tmp_path) -> None:
     ended = threading.Event()
 
     def blow(_pool: EvaluationPool) -> None:
@@ -145,14 +162,11 @@ def test_adaptation_that_always_dies_is_reported(bench, undisturbed, tmp_path) -
                 process.kill()
             ended.wait(0.05)
 
-    config = bench.config(*SLOW)
-    with EvaluationPool.start(config) as pool:
-        thread = threading.Thread(target=blow, args=(pool,), daemon=True)
-        thread.start()
-        results = run_jobs(bench.jobs("none", "base", classes="a"), bench.inputs(config, tmp_path), pool)
-        ended.set()
-        thread.join()
-    failure, base = results
+    thread = threading.Thread(target=blow, args=(pool,), daemon=True)
+    thread.start()
+    failure, base = run_jobs(bench.jobs("none", "base", classes="a"), bench.inputs(bench.config(*SLOW), tmp_path), pool)
+    ended.set()
+    thread.join()
     assert (failure["failed"], failure["stage"], failure["attempts"]) == (True, "adapt", 3)
     assert failure["reason"].startswith("WorkerCrashedError: The worker died unexpectedly")
     assert same([base], [r for r in undisturbed if r["job_id"] == base["job_id"]])
