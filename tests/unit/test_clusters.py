@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ CLUSTERS = ROOT / "clusters"
 README = (CLUSTERS / "README.md").read_text()
 MANIFESTS = sorted(CLUSTERS.rglob("*.yaml"))
 LAUNCHER = [CLUSTERS / "aws.yaml", CLUSTERS / "gcp.yaml"]
+# Beside the interpreter: the tests are run as `.venv/bin/python -m pytest`, without its folder on PATH.
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = sorted(path for path in CLUSTERS.rglob("*") if path.suffix in {".sh", ".sbatch"})
 TEXTS = sorted(
     path
@@ -362,7 +365,7 @@ def test_the_job_runs_a_search_that_parses() -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
-    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([SHELLCHECK, str(path)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
     assert "ray stop" not in re.sub(r"#.*", "", path.read_text())
 
