@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
-
 from torch import nn
 
-from raygard.adaptation.prompts import Release, learned
-from raygard.adaptation.training import AdaptResult, Run, begin, train
-from raygard.config import AdaptConfig
-from raygard.diffusion.loss import DiffusionLoss
+from raygard.adaptation.task import Adaptation, Task
+from raygard.adaptation.training import AdaptResult
 from raygard.errors import RaygardError
 
-if TYPE_CHECKING:
-    from raygard.diffusion.cache import LatentSet
-    from raygard.mask import FreezeMask
+
+@Adaptation
+def full(task: Task) -> AdaptResult:
+    """Fine-tune every tensor of the denoiser that is not frozen."""
+    return task.train(task.learned())
 
 
-def full(
-    unet: nn.Module,
-    data: LatentSet,
-    config: AdaptConfig,
-    loss: DiffusionLoss,
-    *,
-    mask: FreezeMask | None,
-    seed: int,
-    release: Release | None = None,
-    **run: Unpack[Run],
-) -> AdaptResult:
-    """Fine-tune every tensor of `unet` that is not frozen, in place.
+@Adaptation
+def attention(task: Task) -> AdaptResult:
+    """Fine-tune the self- and cross-attention layers only (`to_q`, `to_k`, `to_v`, `to_out`).
 
-    data: the pictures to train on. mask: applied (and verified) first; None leaves `requires_grad` as it is.
-    Frozen tensors have no gradient and no optimizer state. The other arguments and errors are those of `train`.
+    Raises RaygardError also if the mask freezes all of them.
     """
-    begin(unet, config, mask)
-    return train(unet, learned(data, config, release), config, loss, seed=seed, **run)
-
-
-def attention(
-    unet: nn.Module,
-    data: LatentSet,
-    config: AdaptConfig,
-    loss: DiffusionLoss,
-    *,
-    mask: FreezeMask | None,
-    seed: int,
-    release: Release | None = None,
-    **run: Unpack[Run],
-) -> AdaptResult:
-    """Fine-tune the self- and cross-attention layers only, in place (`to_q`, `to_k`, `to_v`, `to_out`).
-
-    Arguments and errors are those of `full`; RaygardError also if the mask freezes all of them.
-    """
-    begin(unet, config, mask)
-    keep_trainable(unet, attention_names(unet), "tensors of attention layers")
-    return train(unet, learned(data, config, release), config, loss, seed=seed, **run)
+    keep_trainable(task.unet, attention_names(task.unet), "tensors of attention layers")
+    return task.train(task.learned())
 
 
 def attention_names(unet: nn.Module, *, cross_only: bool = False, projections: tuple[str, ...] = ()) -> set[str]:

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raygard.adaptation.full import attention_names, keep_trainable
-from raygard.adaptation.prior import class_pictures
-from raygard.adaptation.prompts import Release, learned, learned_captions, require, with_captions
-from raygard.adaptation.training import AdaptResult, Run, begin, train
-from raygard.config import AdaptConfig
-from raygard.diffusion.loss import DiffusionLoss
+from raygard.adaptation.prompts import learned_captions, with_captions
+from raygard.adaptation.task import Adaptation, Task
+from raygard.adaptation.training import AdaptResult
 from raygard.errors import RaygardError
-
-if TYPE_CHECKING:
-    from raygard.diffusion.cache import LatentSet
-    from raygard.mask import FreezeMask
 
 
 class NewToken(nn.Module):
@@ -110,67 +104,44 @@ def _add(tokenizer: Any, encoder: Any, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
-def textual_inversion(
-    unet: nn.Module,
-    data: LatentSet,
-    config: AdaptConfig,
-    loss: DiffusionLoss,
-    *,
-    mask: FreezeMask | None,
-    seed: int,
-    release: Release | None = None,
-    **run: Unpack[Run],
-) -> AdaptResult:
+@Adaptation
+def textual_inversion(task: Task) -> AdaptResult:
     """Train the embedding of a new token and nothing else (Gal et al. 2022, arXiv 2208.01618): around every mask.
 
-    `release`'s text encoder knows the token from then on. Arguments and errors are those of `full`; RaygardError
-    also without `release`, and for a token that is known already or does not fit into a caption.
+    The release's text encoder knows the token from then on. Raises RaygardError also without `release`, and for a
+    token that is known already or does not fit into a caption.
     """
-    begin(unet, config, mask)
-    unet.requires_grad_(False)
-    return _with_token(unet, data, config, loss, require(release, "textual-inversion"), seed, run)
+    task.unet.requires_grad_(False)
+    return _with_token(task)
 
 
-def custom_diffusion(
-    unet: nn.Module,
-    data: LatentSet,
-    config: AdaptConfig,
-    loss: DiffusionLoss,
-    *,
-    mask: FreezeMask | None,
-    seed: int,
-    release: Release | None = None,
-    **run: Unpack[Run],
-) -> AdaptResult:
+@Adaptation
+def custom_diffusion(task: Task) -> AdaptResult:
     """Train the cross-attention keys and values that are not frozen (Kumari et al. 2023, arXiv 2212.04488).
 
     With `config.learn_as`, a new token's embedding as well, around the mask; with `config.class_prompt`, pictures
-    that the release draws for it are learned along. Arguments and errors are those of `textual_inversion`;
-    RaygardError also if the mask freezes all keys and values and there is no token.
+    that the release draws for it are learned along. Errors are those of `textual_inversion`; RaygardError also if the
+    mask freezes all keys and values and there is no token.
     """
-    begin(unet, config, mask)
-    names = attention_names(unet, cross_only=True, projections=("to_k", "to_v"))
-    has_token = config.learn_as is not None
-    keep_trainable(unet, names, "cross-attention keys and values", may_be_none=has_token)
-    release = require(release, "custom-diffusion")
+    names = attention_names(task.unet, cross_only=True, projections=("to_k", "to_v"))
+    has_token = task.config.learn_as is not None
+    keep_trainable(task.unet, names, "cross-attention keys and values", may_be_none=has_token)
     if has_token:
-        return _with_token(unet, data, config, loss, release, seed, run)
-    prior = class_pictures(unet, data, config, release, release.embed)
-    return train(unet, learned(data, config, release), config, loss, seed=seed, prior=prior, **run)
+        return _with_token(task)
+    prior = task.prior(task.release.embed)
+    return task.train(task.learned(), prior=prior)
 
 
-def _with_token(
-    unet: nn.Module, data: LatentSet, config: AdaptConfig, loss: DiffusionLoss, release: Release, seed: int, run: Run
-) -> AdaptResult:
+def _with_token(task: Task) -> AdaptResult:
+    data, config = task.data, task.config
     assert config.learn_as is not None
     captions = learned_captions(data.captions, data.classes, config)
-    text = NewToken(
-        *release.text_encoder, config.learn_as, config.initializer_token or " ".join(sorted(set(data.classes)))
-    )
+    start = config.initializer_token or " ".join(sorted(set(data.classes)))
+    text = NewToken(*task.release.text_encoder, config.learn_as, start)
     try:
         rows = with_captions(data, captions, text.ids_with_token)
-        prior = class_pictures(unet, data, config, release, text.ids)
-        result = train(unet, rows, config, loss, seed=seed, text=text, prior=prior, **run)
+        prior = task.prior(text.ids)
+        result = task.train(rows, text=text, prior=prior)
     finally:
         text.settle()
     return dataclasses.replace(

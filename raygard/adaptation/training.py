@@ -23,7 +23,6 @@ from raygard.seeding import generator
 
 if TYPE_CHECKING:
     from raygard.diffusion.cache import LatentSet
-    from raygard.mask import FreezeMask
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,6 @@ class Learner(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """What requires a gradient, the denoiser's tensors under their own names."""
         return {name.removeprefix("unet."): p for name, p in self.named_parameters() if p.requires_grad}
-
-
-def begin(unet: nn.Module, config: AdaptConfig, mask: FreezeMask | None) -> None:
-    """Put the released model under its mask, which is verified; an attacker who ignores it loads its values only.
-
-    mask None leaves `requires_grad` as it is. Raises RaygardError for another model's mask.
-    """
-    # An adaptation that broke off while it accumulated has left gradients.
-    unet.zero_grad()
-    if mask is not None:
-        mask.apply(unet)
-        if config.ignore_mask:
-            unet.requires_grad_(True)
 
 
 def train(
