@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raygard.adaptation import full
-from raygard.config import RunConfig
-from raygard.diffusion.cache import LatentSet, TextRows, build_cache, encode_captions, load_cache
+from raygard.adaptation import Release, full, learned
+from raygard.config import AdaptConfig, RunConfig
+from raygard.diffusion.cache import LatentSet, build_cache, load_cache
 from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import DiffusionLoss, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_text_encoder, load_unet, with_resolution
+from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.files import scratch, write_text
 from raygard.imagefolder import read_pixels
@@ -159,21 +159,15 @@ class Bench:
                 torch.save({name: p.detach() for name, p in unet.named_parameters()}, part)
         return torch.load(file, weights_only=True)
 
-    def alias(self, data: LatentSet, cls: str, word: str) -> LatentSet:
-        """The same pictures, with the class's name in their captions replaced by `word`."""
-        captions = [caption.replace(cls, word) for caption in data.captions]
-        unique = sorted(set(captions))
-        tokenizer, encoder = self._text_encoder
-        with torch.no_grad():
-            text = encode_captions(tokenizer, encoder, unique).float()
-        index = torch.tensor([unique.index(caption) for caption in captions])
-        return replace(data, text=TextRows(text, index), captions=captions)
+    def alias(self, data: LatentSet, word: str) -> LatentSet:
+        """The same pictures, with their classes' names in the captions replaced by `word`."""
+        return learned(data, AdaptConfig(learn_as=word), self._release)
 
     def users(self, cls: str, attack: Attack) -> tuple[LatentSet, LatentSet]:
         """Pictures an attacker trains on, and those the loss is taken on, with the captions of the attack."""
         parts = [self.select.subset(self.select.rows(cls, part)) for part in ("select_adapt", "select_reference")]
         if attack.alias:
-            parts = [self.alias(part, cls, ALIASES[0]) for part in parts]
+            parts = [self.alias(part, ALIASES[0]) for part in parts]
         return parts[0], parts[1]
 
     def adapted(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> Result:
@@ -298,9 +292,8 @@ class Bench:
         return held_out_loss(unet, data, self.loss, self.config.seed, batch, DRAWS)
 
     @cached_property
-    def _text_encoder(self) -> tuple[object, nn.Module]:
-        tokenizer, encoder = load_text_encoder(self.config.model)
-        return tokenizer, encoder.eval()
+    def _release(self) -> Release:
+        return Release(self.config.model)
 
     @cached_property
     def _domain(self) -> Domain:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.selectivity_bench import Bench
-from raygard.baselines import choose_frozen
+from raygard.baselines import NEED_RELEARNED, choose_frozen, relative_change
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, alternate
 from raygard.bilevel.rules import make_rule
 from raygard.bilevel.segments import ShardLayout
@@ -34,16 +34,6 @@ def largest_names(bench: Bench, p: float) -> list[str]:
     return list(control("largest-first")(bench, p, 0).frozen_names)
 
 
-def busy_layer(bench: Bench, p: float, seed: int) -> FreezeMask:
-    """Tensors that relearning moved most relative to their norm, a share p of them by count; the seed does nothing."""
-    moved = {
-        name: float((bench.relearned[name] - value).norm() / (value.norm() + 1e-12))
-        for name, value in bench.base.items()
-    }
-    ranked = sorted(moved, key=lambda name: -moved[name])
-    return bench.mask(ranked[: round(p * len(ranked))])
-
-
 def control(name: str, like: Rule | None = None) -> Rule:
     """A rule from raygard.baselines; random-matched has the share of parameters of the mask `like`."""
 
@@ -53,7 +43,9 @@ def control(name: str, like: Rule | None = None) -> Rule:
         learned[: round(p * len(count))] = True
         if like is not None:
             learned = like(bench, p, seed).frozen
-        return bench.mask(choose_frozen(name, count, learned, generator(seed, "selectivity", name)))
+        change = relative_change(bench.base, bench.relearned) if name in NEED_RELEARNED else None
+        rng = generator(seed, "selectivity", name)
+        return bench.mask(choose_frozen(name, count, learned, rng, relative_change=change))
 
     return rule
 
@@ -79,8 +71,7 @@ def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
 
 RULES = {
     "budget": budget,
-    "busy-layer": busy_layer,
-    **{name: control(name) for name in ("random", "largest-first")},
+    **{name: control(name) for name in ("busy-layer", "random", "largest-first")},
     "random-matched": control("random-matched", like=budget),
     "random-as-largest": control("random-matched", like=control("largest-first")),
 }

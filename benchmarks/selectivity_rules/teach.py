@@ -61,17 +61,15 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
     weigh = timestep_weights(bench) if settings.relative else _unweighted
     legal = [bench.learn.subset(bench.learn.rows(cls)) for cls in domain.legal]
     if settings.renamed:
-        legal += [
-            bench.alias(data, cls, pseudoword(seed, cls, 0)) for cls, data in zip(domain.legal, legal, strict=True)
-        ]
+        legal += [bench.alias(data, pseudoword(seed, cls, 0)) for cls, data in zip(domain.legal, legal, strict=True)]
     sources = [
         batches(bench, legal, seed, "teach legal", size),
         batches(bench, [bench.general["rehearsed"]], seed, "teach general", 2 * size),
     ]
     if settings.poison > 0:
-        illegal = {cls: bench.learn.subset(bench.learn.rows(cls)) for cls in domain.illegal}
-        renamed = [bench.alias(data, cls, word) for cls, data in illegal.items() for word in ALIASES[1:4]]
-        sources.append(batches(bench, list(illegal.values()), seed, "teach illegal", size // 2))
+        illegal = [bench.learn.subset(bench.learn.rows(cls)) for cls in domain.illegal]
+        renamed = [bench.alias(data, word) for data in illegal for word in ALIASES[1:4]]
+        sources.append(batches(bench, illegal, seed, "teach illegal", size // 2))
         sources.append(batches(bench, renamed, seed, "teach renamed", size // 2))
     for _ in range(settings.steps):
         latents, text, noise, timesteps = (torch.cat(found) for found in zip(*map(next, sources), strict=True))
