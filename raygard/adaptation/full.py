@@ -6,6 +6,7 @@ from torch import nn
 
 from raygard.adaptation.task import Adaptation, Task
 from raygard.adaptation.training import AdaptResult
+from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError
 
 
@@ -19,35 +20,20 @@ def full(task: Task) -> AdaptResult:
 def attention(task: Task) -> AdaptResult:
     """Fine-tune the self- and cross-attention layers only (`to_q`, `to_k`, `to_v`, `to_out`).
 
-    Raises RaygardError also if the mask freezes all of them.
+    Raises RaygardError also if the model has none, or the mask freezes all of them.
     """
-    keep_trainable(task.unet, attention_names(task.unet), "tensors of attention layers")
+    keep_trainable(task.unet, set(attention_tensors(task.unet, "attention")), "tensors of attention layers")
     return task.train(task.learned())
-
-
-def attention_names(unet: nn.Module, *, cross_only: bool = False, projections: tuple[str, ...] = ()) -> set[str]:
-    """Parameters of the attention layers. projections: only these modules of a layer, e.g. ("to_k", "to_v")."""
-    from diffusers.models.attention_processor import Attention
-
-    return {
-        f"{layer}.{name}"
-        for layer, module in unet.named_modules()
-        if isinstance(module, Attention) and (module.is_cross_attention or not cross_only)
-        for name, _ in module.named_parameters()
-        if not projections or name.split(".")[0] in projections
-    }
 
 
 def keep_trainable(unet: nn.Module, names: set[str], what: str, *, may_be_none: bool = False) -> None:
     """Let only `names` require a gradient, of those that do. what: the tensors of these names, in words.
 
-    Raises RaygardError if none is left, because the model has no such tensors or all of them are frozen.
+    Raises RaygardError if none is left, because all of them are frozen.
     """
     count = 0
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
         count += parameter.requires_grad
-    if not names:
-        raise RaygardError(f"nothing to train: the model has no {what}")
     if not count and not may_be_none:
         raise RaygardError(f"nothing to train: the mask freezes all {len(names)} {what}")

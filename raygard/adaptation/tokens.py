@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raygard.adaptation.full import attention_names, keep_trainable
+from raygard.adaptation.full import keep_trainable
 from raygard.adaptation.prompts import learned_captions, with_captions
 from raygard.adaptation.task import Adaptation, Task
 from raygard.adaptation.training import AdaptResult
+from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError
 
 
@@ -123,7 +124,7 @@ def custom_diffusion(task: Task) -> AdaptResult:
     that the release draws for it are learned along. Errors are those of `textual_inversion`; RaygardError also if the
     mask freezes all keys and values and there is no token.
     """
-    names = attention_names(task.unet, cross_only=True, projections=("to_k", "to_v"))
+    names = set(attention_tensors(task.unet, "cross-kv"))
     has_token = task.config.learn_as is not None
     keep_trainable(task.unet, names, "cross-attention keys and values", may_be_none=has_token)
     if has_token:

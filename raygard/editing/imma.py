@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.layers import attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw
 from raygard.editing.inner import Adapted, KeepsText, TextModel, get_inner
-from raygard.editing.layers import attention_tensors
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 

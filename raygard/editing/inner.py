@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from raygard.diffusion.cache import LatentSet
-from raygard.editing.layers import attention_tensors
+from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError, nearest
 from raygard.seeding import generator
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.cache import encode_captions
-from raygard.editing.layers import attention_tensors
+from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError, nearest
 
 TOKENS = ("last", "all")

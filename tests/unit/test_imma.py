@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from raygard.adaptation import full
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.diffusion.cache import LatentSet, TextRows, encode_captions
+from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
 from raygard.editing import IMMASettings, imma_values
 from raygard.editing.imma import IMMAStep
 from raygard.editing.inner import INNER, TextModel, TextualInversion, register_inner
-from raygard.editing.layers import LAYERS, attention_tensors
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 

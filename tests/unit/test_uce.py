@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from raygard.config import ModelConfig
 from raygard.diffusion.cache import encode_captions
+from raygard.diffusion.layers import attention_tensors
 from raygard.diffusion.model import load_text_encoder, load_unet
 from raygard.editing import UCESettings, uce, uce_values
-from raygard.editing.layers import attention_tensors
 from raygard.editing.uce import concept_embeddings
 from raygard.errors import RaygardError
 from raygard.seeding import generator

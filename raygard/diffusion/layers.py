@@ -1,4 +1,4 @@
-"""Which parameter tensors a weight-editing defence changes, found through diffusers' attention modules."""
+"""Names of attention parameters, found through diffusers' attention modules."""
 
 from __future__ import annotations
 
