@@ -15,9 +15,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from raygard.errors import RaygardError
+from raygard.files import whole_folder
 from raygard.imagefolder import read_pixels
 from raygard.zoo import MODEL_DIR
 from raygard.zoo.autoencoder import cache_latents, crops, fold_latent_statistics, gradients, learning_rate, save_grid
@@ -34,15 +32,6 @@ SIDE, KNOWN_FROM = 64, 21
 GENERAL = ("portrait", "known person")
 HELD_OUT = "held out"
 HALF = torch.autocast("cpu", torch.bfloat16)
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which appears as `out` when it is complete."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        yield Path(folder)
-        Path(folder).rename(out)
-        Path(folder).mkdir()
 
 
 def collect(pictures: Path, out: Path) -> None:
@@ -63,7 +52,7 @@ def collect(pictures: Path, out: Path) -> None:
     general = [row for row in rows if row["class"] in GENERAL]
     for row in random.Random(0).sample(general, len(general) // 20):
         row["class"] = HELD_OUT
-    with whole(out) as folder:
+    with whole_folder(out) as folder:
         for row in rows:
             target = folder / row["file_name"]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +84,7 @@ def train(data: Path, work: Path, vae_steps: int, steps: int, batch: int = 32, l
         16,
     )
     train_denoiser(pipeline, [row["text"] for row in parts[0]], pixels, steps, batch, lr)
-    with whole(work / "model") as folder:
+    with whole_folder(work / "model") as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.faces_small import HELD_OUT, prepare, whole
+from benchmarks.faces_small import HELD_OUT, prepare
 from benchmarks.selectivity_bench import Bench
 from raygard.config_file import load_config
 from raygard.errors import RaygardError
+from raygard.files import whole_folder
 from raygard.zoo import DOMAIN_DIR
 from raygard.zoo.architecture import read_rows, split
 
@@ -55,7 +56,7 @@ def one_style(cache: Path, pictures: Path | None, overrides: Sequence[str]) -> B
         for index, row in enumerate(random.Random(0).sample(own, len(own))):
             row["class"] = names[index % len(names)]
             row["text"] = row["text"].replace(style, row["class"])
-        with whole(folder) as scratch:
+        with whole_folder(folder) as scratch:
             for row in rows:
                 target = scratch / row["file_name"]
                 target.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import errno
 import filecmp
 import hashlib
 import os
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -66,6 +67,23 @@ def write_text(path: Path, text: str, *, keep_same: bool = False) -> None:
     """Write a file as `scratch` does."""
     with scratch(path, keep_same=keep_same) as file:
         file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` at the end, whole or not at all.
+
+    Raises RaygardError if `target` is not empty, the disk is full, or the folder around it cannot be written.
+    """
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise RaygardError(f"{target} is not empty; choose another folder")
+    with readable_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as around:
+            folder = Path(around) / target.name
+            folder.mkdir()
+            yield folder
+            folder.rename(target)
 
 
 # What numpy lets through for an npz file that is torn, or is none.

@@ -12,7 +12,7 @@ import numpy as np
 from raygard.config import DomainConfig, ModelConfig, RunConfig
 from raygard.config_file import load_config
 from raygard.errors import RaygardError, nearest
-from raygard.files import readable_disk_errors, write_text
+from raygard.files import readable_disk_errors, whole_folder, write_text
 from raygard.imagefolder import SUFFIXES, has_column, read_entries, read_picture, read_pixels, resolve_data
 from raygard.progress import Progress
 
@@ -91,12 +91,9 @@ def adapt_model(
             "final_loss": result.losses[-1],
             "seed": seed,
         }
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            whole = Path(scratch) / "whole"
-            whole.mkdir()
-            _save_adapted(whole, config, unet, result, release)
-            write_text(whole / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
-            whole.rename(out)
+        with whole_folder(out) as folder:
+            _save_adapted(folder, config, unet, result, release)
+            write_text(folder / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
     return facts
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ from torch import Tensor, nn
 from raygard.config import ModelConfig
 from raygard.diffusion.model import load_pipeline, load_unet
 from raygard.editing.artifact import Edit
-from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors
+from raygard.files import whole_folder
 from raygard.mask import FreezeMask
 
 MODEL, MASK = "model", "mask"
@@ -68,7 +65,7 @@ def save_edited_model(model: ModelConfig, edit: Edit, out: str | Path) -> Path:
 
     Raises RaygardError if `out` is not empty, the edit was made for another model, or the disk is full.
     """
-    with _whole_folder(Path(out)) as folder:
+    with whole_folder(Path(out)) as folder:
         unet = edit.apply(load_unet(model))
         load_pipeline(model, unet).save_pretrained(str(folder), safe_serialization=True)
     return Path(out)
@@ -82,23 +79,9 @@ def save_guarded(model: ModelConfig, edit: Edit, frozen: Tensor | Sequence[str],
     """
     guarded = freeze_after(load_unet(model), edit, frozen, **info)
     base = model.pretrained_model_name_or_path
-    with _whole_folder(Path(out)) as folder:
+    with whole_folder(Path(out)) as folder:
         if guarded.needs_edited_base:
             save_edited_model(model, edit, folder / MODEL)
             base = f"{base} edited by {edit.method or 'an unnamed method'}"
         replace(guarded.mask, base_model=base).save(folder / MASK)
     return Path(out)
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at the end. Raises RaygardError if `target` is not empty."""
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise RaygardError(f"{target} is not empty; choose another folder")
-    with readable_disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            folder = Path(scratch) / target.name
-            folder.mkdir()
-            yield folder
-            folder.rename(target)
