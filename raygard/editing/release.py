@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from raygard.config import ModelConfig
@@ -38,26 +39,24 @@ class Guarded:
 def freeze_after(unet: nn.Module, edit: Edit, frozen: Tensor | Sequence[str], **info: Any) -> Guarded:
     """The mask that freezes `frozen` of the edited release.
 
-    unet: the original base; it is not changed. frozen, info: as in `FreezeMask.create`.
+    unet: the original base, which has its values again at the end. frozen, info: as in `FreezeMask.create`.
     If every edited tensor is frozen, the mask carries the edit as its values and belongs to the original base.
     Otherwise it is made against the edited base. It never carries part of an edit: applied to the original base such
     a mask would pass every check and the rest of the edit would be missing.
     A mask that freezes no edited tensor cannot tell the edited base from the original one: publish its base with it.
     Raises RaygardError as `FreezeMask.create` and `Edit.check` do.
     """
-    edit.check(unet)
-    held = set(FreezeMask.create(unet, frozen).frozen_names)
-    loose = tuple(name for name in edit.values if name not in held)
-    if not loose:
-        return Guarded(FreezeMask.create(unet, frozen, values=edit.values, **info), ())
     before = {name: p.detach().clone() for name, p in unet.named_parameters() if name in edit.values}
     edit.apply(unet)
     try:
-        return Guarded(FreezeMask.create(unet, frozen, **info), loose)
+        mask = FreezeMask.create(unet, frozen, **info)
     finally:
-        for name, parameter in unet.named_parameters():
-            if name in before:
-                parameter.data.copy_(before[name])
+        with torch.no_grad():
+            for name, value in before.items():
+                unet.get_parameter(name).copy_(value)
+    held = set(mask.frozen_names)
+    loose = tuple(name for name in edit.values if name not in held)
+    return Guarded(mask if loose else replace(mask, values=edit.values), loose)
 
 
 def save_edited_model(model: ModelConfig, edit: Edit, out: str | Path) -> Path:
@@ -77,11 +76,12 @@ def save_guarded(model: ModelConfig, edit: Edit, frozen: Tensor | Sequence[str],
     All of it is written or nothing. info: metadata of the mask, such as domain.
     Raises RaygardError as `freeze_after` and `save_edited_model` do.
     """
-    guarded = freeze_after(load_unet(model), edit, frozen, **info)
+    unet = load_unet(model)
+    guarded = freeze_after(unet, edit, frozen, **info)
     base = model.pretrained_model_name_or_path
     with whole_folder(Path(out)) as folder:
         if guarded.needs_edited_base:
-            save_edited_model(model, edit, folder / MODEL)
+            load_pipeline(model, edit.apply(unet)).save_pretrained(str(folder / MODEL), safe_serialization=True)
             base = f"{base} edited by {edit.method or 'an unnamed method'}"
         replace(guarded.mask, base_model=base).save(folder / MASK)
     return Path(out)
