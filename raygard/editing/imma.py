@@ -60,15 +60,6 @@ class IMMASettings:
                 raise RaygardError(f"IMMA's {field} must be at least 0, got {getattr(self, field)}")
 
 
-@dataclass(frozen=True)
-class IMMAStep:
-    """One step of a round: illegal loss before it, and the retain loss of an outer step that has such a term."""
-
-    kind: str
-    illegal_loss: float
-    retain_loss: float | None = None
-
-
 def imma_values(
     unet: nn.Module,
     illegal: LatentSet,
@@ -76,22 +67,19 @@ def imma_values(
     *,
     seed: int,
     settings: IMMASettings | None = None,
-    immunise: LatentSet | None = None,
     retain: LatentSet | None = None,
     text: TextModel | None = None,
-    on_step: Callable[[IMMAStep], None] | None = None,
 ) -> dict[str, Tensor]:
     """Immunised tensors by name, float32, CPU; `unet` is not changed.
 
-    illegal: pictures the inner adaptation learns (x_A). immunise: pictures whose loss is raised (x_I); None takes the
-    same ones, as the published scripts do. retain: pictures for `settings.retain_weight`. text: for the
-    inner adaptation "textual-inversion" only.
+    illegal: pictures the inner adaptation learns and whose loss is raised (x_A and x_I, the same in the published
+    scripts). retain: pictures for `settings.retain_weight`. text: for the inner adaptation "textual-inversion" only.
     Equal seeds give equal values on the CPU. Local, on the device of `unet`.
     Raises RaygardError for missing pictures, a retain weight without pictures or the reverse, an unknown inner
     adaptation or layers, or a loss that is no longer finite.
     """
     settings = settings or IMMASettings()
-    if len(illegal) == 0 or (immunise is not None and len(immunise) == 0):
+    if len(illegal) == 0:
         raise RaygardError("IMMA needs illegal pictures to learn from")
     if settings.retain_weight > 0 and (retain is None or len(retain) == 0):
         raise RaygardError("retain_weight is above 0 but there are no pictures to retain; give some or set it to 0")
@@ -113,29 +101,23 @@ def imma_values(
         "outer": _Stepper(list(theta.values()), outer_lr, settings),
     }
     size = settings.train_batch_size
-    pictures = {
-        "inner": _Pictures(illegal, loss, seed, "imma", size),
-        "outer": _Pictures(illegal if immunise is None else immunise, loss, seed, "imma", size),
-    }
+    pictures = _Pictures(illegal, loss, seed, "imma", size)
     kept_pictures = None if retain is None else _Pictures(retain, loss, seed, "imma retain", size)
     round_ = ["inner"] * settings.inner_steps + ["outer"] * settings.outer_steps
     for number in range(settings.rounds * len(round_)):
         kind = round_[number % len(round_)]
-        error = pictures[kind].error(adapted, inner.text, number)
+        error = pictures.error(adapted, inner.text, number)
         if not math.isfinite(float(error.detach())):
             raise RaygardError(
                 f"the illegal loss is {float(error.detach())} at IMMA step {number + 1}; lower the learning rates "
                 f"(inner {inner_lr:g}, outer {outer_lr:g})"
             )
-        objective, kept = error, None
+        objective = error
         if kind == "outer":
             objective = -error
             if kept_pictures is not None:
-                kept = kept_pictures.error(release, KeepsText().text, number)
-                objective = objective + settings.retain_weight * kept
+                objective = objective + settings.retain_weight * kept_pictures.error(release, KeepsText().text, number)
         steps[kind].descend(objective)
-        if on_step is not None:
-            on_step(IMMAStep(kind, float(error.detach()), None if kept is None else float(kept.detach())))
     return {name: value.detach().cpu().clone() for name, value in theta.items()}
 
 

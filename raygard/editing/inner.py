@@ -88,19 +88,14 @@ class DreamBooth(KeepsText):
 
 
 class LoRA(KeepsText):
-    """Low-rank updates W + B A of every attention projection (Hu et al., arXiv 2106.09685), rank 4 and scale 1 as in
-    IMMA's script: A normal with standard deviation 1 / rank, B from zero."""
+    """Low-rank updates W + B A of every attention projection (Hu et al., arXiv 2106.09685), rank and scale as in IMMA's
+    script: A normal with standard deviation 1 / rank, B from zero."""
 
     published_lr = (1e-4, 1e-5)
+    rank = 4
 
     def __init__(
-        self,
-        unet: nn.Module,
-        immunised: Mapping[str, nn.Parameter],
-        seed: int,
-        text: TextModel | None = None,
-        *,
-        rank: int = 4,
+        self, unet: nn.Module, immunised: Mapping[str, nn.Parameter], seed: int, text: TextModel | None = None
     ) -> None:
         parameters = dict(unet.named_parameters())
         self._base: dict[str, Tensor] = {
@@ -111,9 +106,9 @@ class LoRA(KeepsText):
         self._down, self._up = {}, {}
         for name, weight in self._base.items():
             rows, columns = weight.shape
-            drawn = torch.randn(rank, columns, generator=generator(seed, "imma lora", name)) / rank
+            drawn = torch.randn(self.rank, columns, generator=generator(seed, "imma lora", name)) / self.rank
             self._down[name] = nn.Parameter(drawn.to(weight.device))
-            self._up[name] = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+            self._up[name] = nn.Parameter(torch.zeros(rows, self.rank, device=weight.device))
 
     def parameters(self) -> list[Tensor]:
         return [*self._down.values(), *self._up.values()]
