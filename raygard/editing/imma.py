@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.layers import attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw
-from raygard.editing.inner import Adapted, KeepsText, TextModel, get_inner
-from raygard.errors import RaygardError
+from raygard.editing.inner import INNER, Adapted, KeepsText, TextModel
+from raygard.errors import RaygardError, nearest
 from raygard.seeding import generator
 
 
@@ -85,12 +85,14 @@ def imma_values(
         raise RaygardError("retain_weight is above 0 but there are no pictures to retain; give some or set it to 0")
     if settings.retain_weight == 0 and retain is not None:
         raise RaygardError("pictures to retain have no effect with retain_weight 0; leave them out or raise it")
+    if settings.inner not in INNER:
+        raise RaygardError(f"unknown inner adaptation '{settings.inner}'{nearest(settings.inner, INNER)}")
     parameters = dict(unet.named_parameters())
     theta = {
         name: nn.Parameter(parameters[name].detach().float().clone())
         for name in attention_tensors(unet, settings.layers)
     }
-    inner = get_inner(settings.inner)(unet, theta, seed, text)
+    inner = INNER[settings.inner](unet, theta, seed, text)
     adapted, release = Adapted(unet, inner.weights), Adapted(unet, lambda: theta)
     inner_lr, outer_lr = (
         published if chosen is None else chosen

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.layers import attention_tensors
-from raygard.errors import RaygardError, nearest
+from raygard.errors import RaygardError
 from raygard.seeding import generator
 
 
@@ -187,28 +187,10 @@ class Adapted(nn.Module):
         return functional_call(self.unet, dict(self._weights()), inputs, options)
 
 
-INNER: dict[str, Callable[..., InnerAdaptation]] = {}
-
-
-def register_inner(name: str, inner: Callable[..., InnerAdaptation]) -> None:
-    """Add an inner adaptation: `inner(unet, immunised, seed, text) -> InnerAdaptation`.
-
-    immunised: the tensors IMMA changes, by name. text: a TextModel, or None if there is none.
-    Raises RaygardError if the name is taken.
-    """
-    if name in INNER:
-        raise RaygardError(f"inner adaptation '{name}' is registered twice")
-    INNER[name] = inner
-
-
-def get_inner(name: str) -> Callable[..., InnerAdaptation]:
-    """The inner adaptation called `name`. Raises RaygardError with the nearest known name."""
-    if name not in INNER:
-        raise RaygardError(f"unknown inner adaptation '{name}'{nearest(name, INNER)}")
-    return INNER[name]
-
-
-register_inner("lora", LoRA)
-register_inner("dreambooth", DreamBooth)
-register_inner("dreambooth-immunised", partial(DreamBooth, only_immunised=True))
-register_inner("textual-inversion", TextualInversion)
+# `INNER[name](unet, immunised, seed, text)`: immunised are the tensors IMMA changes, by name; text may be None.
+INNER: dict[str, Callable[..., InnerAdaptation]] = {
+    "lora": LoRA,
+    "dreambooth": DreamBooth,
+    "dreambooth-immunised": partial(DreamBooth, only_immunised=True),
+    "textual-inversion": TextualInversion,
+}

@@ -16,7 +16,7 @@ from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
 from raygard.editing import IMMASettings, imma_values
-from raygard.editing.inner import INNER, TextModel, TextualInversion, register_inner
+from raygard.editing.inner import INNER, TextModel, TextualInversion
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 
@@ -189,5 +189,3 @@ def test_bad_input_is_one_line(unet: nn.Module, loss: DiffusionLoss) -> None:
     ):
         with pytest.raises(RaygardError, match=message):
             IMMASettings(**settings)
-    with pytest.raises(RaygardError, match="registered twice"):
-        register_inner("lora", INNER["lora"])
