@@ -278,7 +278,6 @@ class Bench:
     def _kept(self, key: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
         file = self.cache / "results" / f"{self._key(key)}.json"
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(work()))
         found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         return found

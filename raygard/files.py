@@ -49,11 +49,13 @@ def readable_disk_errors(path: Path) -> Iterator[None]:
 def scratch(path: Path, *, keep_same: bool = False) -> Iterator[Path]:
     """A file to write, renamed to `path` at the end; of a name no other process on any node can have.
 
-    Readers see the old content or the new, never a part. keep_same: a file that has this content already is left
-    alone, with the time it was written. Raises RaygardError for a full disk or a folder that cannot be written.
+    Readers see the old content or the new, never a part. A missing folder is made. keep_same: a file that has this
+    content already is left alone, with the time it was written.
+    Raises RaygardError for a full disk or a folder that cannot be written.
     """
     file = path.with_name(f".{path.name}.{uuid.uuid4().hex}{SCRATCH}")
     with readable_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield file
             _flush(file)

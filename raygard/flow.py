@@ -23,7 +23,7 @@ from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors, scratch, write_text
+from raygard.files import scratch, write_text
 from raygard.imagefolder import read_pixels
 from raygard.mask import FreezeMask
 from raygard.outcome import build_outcome
@@ -293,8 +293,6 @@ class Flow:
             captions[cls] = [picture.caption for picture in pictures]
         path = folder / "references.npz"
         listing = json.dumps({"classes": list(classes), "captions": captions})
-        with readable_disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         # Actors may be reading what an earlier start has written.
         with scratch(path, keep_same=True) as file, file.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)

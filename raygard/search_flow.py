@@ -186,7 +186,6 @@ class SearchFlow:
                     status = "failed" if event == "error" else "pruned"
                     reason = result.get("reason") if event == "error" else "stopped early: its proxy ranked low"
                     record = {**record, "status": status, "reason": reason}
-                    folder.mkdir(parents=True, exist_ok=True)
                     write_text(folder / TRIAL, json.dumps(record, indent=1) + "\n")
                 if trial_id not in ended:
                     ended.add(trial_id)

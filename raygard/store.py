@@ -17,8 +17,7 @@ import hashlib
 import json
 import pickle
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raygard.files import SCRATCH, read_array, readable_disk_errors, scratch, sha256_file
+from raygard.files import SCRATCH, read_array, readable_disk_errors, scratch, sha256_file, write_text
 
 INPUTS, RECORD, TENSORS, PICTURES = "inputs.json", "adapted.json", "adapted.safetensors", "pictures.npz"
 BASE_LOSS, PAUSED = "base-loss.json", "adapting.pt"
@@ -82,7 +81,7 @@ class Store:
 
         digest = None
         if tensors is not None:
-            with self._scratch(key, TENSORS) as file:
+            with scratch(self.tensors_file(key)) as file:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(file))
                 digest = sha256_file(file)
         self._write_json(key, RECORD, {**record, "tensors_sha256": digest})
@@ -102,7 +101,7 @@ class Store:
 
     def write_paused(self, key: str, state: Mapping[str, Any]) -> None:
         """state: tensors, numbers, strings, lists and dictionaries. Raises RaygardError for a full disk."""
-        with self._scratch(key, PAUSED) as file:
+        with scratch(self.folder(key) / PAUSED) as file:
             torch.save(dict(state), file)
 
     def drop_paused(self, key: str | None = None) -> None:
@@ -118,7 +117,7 @@ class Store:
 
     def write_pictures(self, key: str, images: NDArray[np.uint8]) -> None:
         """images: uint8 (n, H, W, 3), all of the job. Raises RaygardError for a full disk."""
-        with self._scratch(key, PICTURES) as file, file.open("wb") as stream:
+        with scratch(self.pictures_file(key)) as file, file.open("wb") as stream:
             np.savez_compressed(stream, images=images)
 
     def score(self, key: str, scorer: str, references: str) -> dict[str, Any] | None:
@@ -164,16 +163,7 @@ class Store:
         return found if isinstance(found, dict) else None
 
     def _write_json(self, key: str, name: str, content: Mapping[str, Any]) -> None:
-        with self._scratch(key, name) as file:
-            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    @contextmanager
-    def _scratch(self, key: str, name: str) -> Iterator[Path]:
-        folder = self.folder(key)
-        with readable_disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with scratch(folder / name) as file:
-            yield file
+        write_text(self.folder(key) / name, json.dumps(content, indent=1) + "\n")
 
 
 def read_pictures(path: str | Path) -> NDArray[np.uint8]:

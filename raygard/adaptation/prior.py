@@ -49,7 +49,6 @@ def class_pictures(
     if arrays is None:
         arrays = _draw(unet, config.class_prompt, count, release)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             with scratch(file) as part:
                 save_file(arrays, str(part))
     if arrays["mean"].shape[1:] != data.shape:

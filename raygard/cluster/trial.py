@@ -284,7 +284,6 @@ class Trial:
             "started": self.started,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / name, json.dumps(record, indent=1) + "\n")
         return record
 

@@ -81,7 +81,6 @@ class Edit:
             raise RaygardError(f"{file}: an edit is saved as a .safetensors file")
         about = {"base_sha256": self.base_sha256, "method": self.method, "settings": dict(self.settings)}
         with scratch(file) as part:
-            file.parent.mkdir(parents=True, exist_ok=True)
             save_file(dict(self.values), str(part), metadata={METADATA: json.dumps(about, sort_keys=True)})
         return file
 
