@@ -31,7 +31,6 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.selectivity_bench import ATTACKS, Bench, blocked  # noqa: E402
 from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
 from benchmarks.selectivity_rules import RULES  # noqa: E402
-from raygard.mask import FreezeMask  # noqa: E402
 
 COLUMNS = [(role, measure) for measure in ("distance", "loss") for role in ("illegal", "legal", "unseen")]
 GENERAL = ("rehearsed", "kept", "held out")
@@ -43,9 +42,8 @@ def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str], fo
     started = time.monotonic()
     mask = RULES[rule](bench, p, seed)
     learn_seconds = time.monotonic() - started
-    if isinstance(mask, FreezeMask):
-        shutil.rmtree(folder, ignore_errors=True)
-        mask.save(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    mask.save(folder)
     rise = bench.general_loss_rise(mask)
     for name in attacks:
         users = bench.measure(mask, ATTACKS[name], bench.config.evaluation.adaptation_seeds)

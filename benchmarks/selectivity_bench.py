@@ -78,7 +78,7 @@ class User:
     guarded: Result
 
 
-@dataclass
+@dataclass(eq=False)
 class Bench:
     """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`.
 

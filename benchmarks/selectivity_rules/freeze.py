@@ -7,6 +7,7 @@ discriminates; these rules differ in strength for a share of parameters, and not
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -31,25 +32,28 @@ def sizes(bench: Bench) -> torch.Tensor:
 
 def largest_names(bench: Bench, p: float) -> list[str]:
     """The largest tensors, a share p of them by count."""
-    return list(control("largest-first")(bench, p, 0).frozen_names)
+    frozen = choose_frozen("largest-first", sizes(bench), share_of(bench, p), torch.Generator())
+    return [name for name, flag in zip(bench.base, frozen.tolist(), strict=True) if flag]
+
+
+def share_of(bench: Bench, p: float) -> torch.Tensor:
+    """Some share p of the tensors by count, bool (N,), for baselines that only look at how many there are."""
+    return torch.arange(len(bench.base)) < round(p * len(bench.base))
 
 
 def control(name: str, like: Rule | None = None) -> Rule:
     """A rule from raygard.baselines; random-matched has the share of parameters of the mask `like`."""
 
     def rule(bench: Bench, p: float, seed: int) -> FreezeMask:
-        count = sizes(bench)
-        learned = torch.zeros(len(count), dtype=torch.bool)
-        learned[: round(p * len(count))] = True
-        if like is not None:
-            learned = like(bench, p, seed).frozen
+        learned = share_of(bench, p) if like is None else like(bench, p, seed).frozen
         change = relative_change(bench.base, bench.relearned) if name in NEED_RELEARNED else None
         rng = generator(seed, "selectivity", name)
-        return bench.mask(choose_frozen(name, count, learned, rng, relative_change=change))
+        return bench.mask(choose_frozen(name, sizes(bench), learned, rng, relative_change=change))
 
     return rule
 
 
+@cache
 def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
     """Algorithm 1 as `raygard learn` runs it, in one process."""
     config = bench.config.model_copy(update={"mask": bench.config.mask.model_copy(update={"freeze_ratio": p})})
@@ -69,7 +73,7 @@ def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
     return make_mask(config, optimizer.logits, optimizer.soft, seed)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "budget": budget,
     **{name: control(name) for name in ("busy-layer", "random", "largest-first")},
     "random-matched": control("random-matched", like=budget),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def batches(bench: Bench, sets: Sequence[LatentSet], seed: int, stream: str, siz
 Weigh = Callable[[str, Tensor, Tensor], Tensor]
 
 
+@cache
 def timestep_weights(bench: Bench) -> Weigh:
     """(role, errors (B,), timesteps (B,)) -> errors relative to the release's: half to the mean, half at that noise."""
     release = load_unet(bench.config.model).requires_grad_(False)
