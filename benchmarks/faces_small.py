@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +27,14 @@ from raygard.errors import RaygardError
 from raygard.files import whole_folder
 from raygard.imagefolder import read_pixels
 from raygard.zoo import MODEL_DIR
-from raygard.zoo.autoencoder import cache_latents, crops, fold_latent_statistics, gradients, learning_rate, save_grid
+from raygard.zoo.autoencoder import (
+    cache_latents,
+    crops,
+    fold_latent_statistics,
+    learning_rate,
+    losses,
+    reconstruction_sheet,
+)
 
 SIDE, KNOWN_FROM = 64, 21
 GENERAL = ("portrait", "known person")
@@ -35,7 +43,7 @@ HALF = torch.autocast("cpu", torch.bfloat16)
 
 
 def collect(pictures: Path, out: Path) -> None:
-    """Link the pictures into one imagefolder with the classes of the domain.
+    """Copy the pictures into one imagefolder with the classes of the domain.
 
     Raises RaygardError if a folder is missing.
     """
@@ -52,15 +60,20 @@ def collect(pictures: Path, out: Path) -> None:
     general = [row for row in rows if row["class"] in GENERAL]
     for row in random.Random(0).sample(general, len(general) // 20):
         row["class"] = HELD_OUT
+    write_imagefolder(rows, pictures, out)
+
+
+def write_imagefolder(rows: Sequence[Mapping[str, str]], source: Path, out: Path) -> None:
+    """Copy the pictures that `rows` name from `source`, with the rows as their metadata; whole or not at all."""
     with whole_folder(out) as folder:
         for row in rows:
             target = folder / row["file_name"]
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(pictures / row["file_name"], target)
+            shutil.copyfile(source / row["file_name"], target)
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def train(data: Path, work: Path, vae_steps: int, steps: int, batch: int = 32, lr: float = 6e-4) -> None:
+def train(data: Path, work: Path, vae_steps: int, steps: int) -> None:
     """Train the bundled model further on the general classes and save it as a pipeline in `work`/model."""
     torch.manual_seed(0)
     random.seed(0)
@@ -76,14 +89,8 @@ def train(data: Path, work: Path, vae_steps: int, steps: int, batch: int = 32, l
     )
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR, safety_checker=None, torch_dtype=torch.float32)
     train_autoencoder(pipeline.vae, pixels, vae_steps)
-    save_grid(
-        torch.cat(
-            [fresh[:16], pipeline.vae.decode(pipeline.vae.encode(fresh[:16]).latent_dist.mode()).sample.detach()]
-        ),
-        work / "autoencoder.png",
-        16,
-    )
-    train_denoiser(pipeline, [row["text"] for row in parts[0]], pixels, steps, batch, lr)
+    reconstruction_sheet(pipeline.vae, fresh, work / "autoencoder.png", 16)
+    train_denoiser(pipeline, [row["text"] for row in parts[0]], pixels, steps)
     with whole_folder(work / "model") as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
 
@@ -98,10 +105,8 @@ def train_autoencoder(vae: AutoencoderKL, pixels: Tensor, steps: int) -> None:
         with HALF:
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        edges = sum((a - b).abs().mean() for a, b in zip(gradients(restored), gradients(x), strict=True))
-        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        loss = (restored - x).abs().mean() + F.mse_loss(restored, x) + 0.5 * edges + 1e-3 * divergence
+        pixel, edges, divergence = losses(restored, x, posterior)
+        loss = pixel + 0.5 * edges + 1e-3 * divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -112,10 +117,9 @@ def train_autoencoder(vae: AutoencoderKL, pixels: Tensor, steps: int) -> None:
     fold_latent_statistics(vae, pixels)
 
 
-def train_denoiser(
-    pipeline: StableDiffusionPipeline, captions: list[str], pixels: Tensor, steps: int, batch: int, lr: float
-) -> None:
+def train_denoiser(pipeline: StableDiffusionPipeline, captions: list[str], pixels: Tensor, steps: int) -> None:
     """UNet and text encoder together, averaged over the run's end; pictures are also seen mirrored."""
+    batch, lr = 32, 6e-4
     unet, encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
     mean, std = cache_latents(pipeline.vae, torch.cat([pixels, pixels.flip(3)]))
     ids = tokenizer(

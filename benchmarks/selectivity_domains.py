@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.faces_small import HELD_OUT, prepare
+from benchmarks.faces_small import HELD_OUT, prepare, write_imagefolder
 from benchmarks.selectivity_bench import Bench
 from raygard.config_file import load_config
 from raygard.errors import RaygardError
-from raygard.files import whole_folder
 from raygard.zoo import DOMAIN_DIR
 from raygard.zoo.architecture import read_rows, split
 
@@ -56,12 +54,7 @@ def one_style(cache: Path, pictures: Path | None, overrides: Sequence[str]) -> B
         for index, row in enumerate(random.Random(0).sample(own, len(own))):
             row["class"] = names[index % len(names)]
             row["text"] = row["text"].replace(style, row["class"])
-        with whole_folder(folder) as scratch:
-            for row in rows:
-                target = scratch / row["file_name"]
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(DOMAIN_DIR / row["file_name"], target)
-            (scratch / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_imagefolder(rows, DOMAIN_DIR, folder)
     split_ = [f"domain.data={folder}", f"domain.illegal=[{names[0]}]", f"domain.legal=[{names[1]}]"]
     return Bench(load_config(CONFIGS / "search.yaml", [*split_, *overrides]), cache, names[2:], _never_trained_on())
 

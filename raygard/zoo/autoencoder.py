@@ -71,6 +71,14 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
+def losses(restored: Tensor, x: Tensor, posterior: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Error of the pixels, error of their gradients, and divergence of the latents from a standard normal."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    across, down = ((a - b).abs().mean() for a, b in zip(gradients(restored), gradients(x), strict=True))
+    divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return (restored - x).abs().mean() + F.mse_loss(restored, x), across + down, divergence
+
+
 def train_vae(args: argparse.Namespace, device: torch.device) -> None:
     path, pixels = args.work / "vae.pt", read_pixels(args.data, read_rows(args.data)).to(device)
     vae = build_vae().to(device)
@@ -91,11 +99,7 @@ def train_vae(args: argparse.Namespace, device: torch.device) -> None:
         with Autocast(device, args.bf16):
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
-        edges = sum((a - b).abs().mean() for a, b in zip(gradients(restored), gradients(x), strict=True))
-        divergence = (
-            0.5 * (posterior.mean.float() ** 2 + posterior.logvar.float().exp() - 1 - posterior.logvar.float()).mean()
-        )
-        pixel = (restored - x).abs().mean() + F.mse_loss(restored, x)
+        pixel, edges, divergence = losses(restored, x, posterior)
         loss = pixel + 0.5 * edges + args.kl_weight * divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
