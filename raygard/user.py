@@ -98,14 +98,13 @@ def adapt_model(
 
 
 def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, release: Any) -> None:
-    from diffusers import StableDiffusionPipeline
     from safetensors.torch import save_file
 
     from raygard.diffusion.model import load_pipeline
+    from raygard.mask.adapters import LORA_FILE
 
     if result.adapter:
-        layers = {name.removeprefix("unet."): tensor for name, tensor in result.adapter.items()}
-        StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
+        save_file(result.adapter, str(folder / LORA_FILE), metadata={"format": "pt"})
         return
     if config.adapt.method != "textual-inversion":
         pipeline: Any = load_pipeline(config.model, unet=unet)
