@@ -106,7 +106,7 @@ def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, relea
     if result.adapter:
         save_file(result.adapter, str(folder / LORA_FILE), metadata={"format": "pt"})
         return
-    if config.adapt.method != "textual-inversion":
+    if not result.embeddings_only:
         pipeline: Any = load_pipeline(config.model, unet=unet)
         if result.embeddings:
             pipeline.tokenizer, pipeline.text_encoder = release.text_encoder

@@ -113,7 +113,7 @@ def textual_inversion(task: Task) -> AdaptResult:
     token that is known already or does not fit into a caption.
     """
     task.unet.requires_grad_(False)
-    return _with_token(task)
+    return dataclasses.replace(_with_token(task), embeddings_only=True)
 
 
 @Adaptation

@@ -32,7 +32,8 @@ class AdaptResult:
     paused: what goes on from here, if the adaptation was to pause before its end. Tensors, numbers, lists and
     dictionaries only, so that `torch.load(weights_only=True)` reads it.
     adapter: LoRA tensors under the names of diffusers' file; they are merged into the denoiser as well.
-    embeddings: the vector (D,) of each token that the text encoder was taught.
+    embeddings: the vector (D,) of each token that the text encoder was taught. embeddings_only: the method trains
+    nothing else.
     outside_mask: what was trained that no freeze mask governs, in words; empty if the mask governs all of it.
     """
 
@@ -43,6 +44,7 @@ class AdaptResult:
     paused: dict[str, Any] | None = None
     adapter: dict[str, Tensor] = field(default_factory=dict)
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    embeddings_only: bool = False
     outside_mask: tuple[str, ...] = ()
 
 

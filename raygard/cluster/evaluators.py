@@ -260,9 +260,8 @@ class GeneratorActor:
         self._holds = UNKNOWN
         try:
             changed = load_file(adapted) if adapted is not None else {}
-            tokens = {name: changed.pop(name) for name in [*changed] if name.startswith(TOKEN)}
+            words = {name.removeprefix(TOKEN): changed.pop(name) for name in [*changed] if name.startswith(TOKEN)}
             self._pipeline.unet.load_state_dict({**self._base, **changed})
-            words = {name.removeprefix(TOKEN): vector for name, vector in tokens.items()}
             # What one adaptation calls by a new word may be letters to the next.
             tokenizer, encoder = copy.deepcopy(self._text) if words else self._text
             teach(tokenizer, encoder, words)
