@@ -53,18 +53,13 @@ class DiffusionLoss:
         latents, noise: float32 (B, C, H, W). text: (B, L, D). timesteps: int64 (B,). All on the denoiser's
         device; the denoiser computes in the dtype of its parameters, the error is taken in float32.
         """
-        noisy, target = self.noised(latents, noise, timesteps)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        velocity = self.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         dtype = next(unet.parameters()).dtype
         predicted = unet(noisy.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
         return error if self.snr_gamma is None else error * self._snr_weight(timesteps)
-
-    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """What the denoiser is given and what it should answer, each float32 (B, C, H, W)."""
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        if self.prediction_type == "v_prediction":
-            return noisy, self.scheduler.get_velocity(latents, noise, timesteps)
-        return noisy, noise
 
     def _snr_weight(self, timesteps: Tensor) -> Tensor:
         kept = self.scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
