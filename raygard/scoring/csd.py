@@ -81,7 +81,7 @@ class Csd:
 def load_csd(path: Path) -> tuple[Any, Tensor]:
     """transformers' CLIPVisionModel and the style projection (width, d) of a checkpoint with OpenAI's names.
 
-    path: the published checkpoint, read without running code from it, or a safetensors file of its tensors.
+    path: the published checkpoint, read without running code from it.
     Raises RaygardError if the file is damaged or holds something else.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -115,16 +115,11 @@ def load_csd(path: Path) -> tuple[Any, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content["model_state_dict"]
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise RaygardError(f"{path} is not a checkpoint of CSD: {str(error).splitlines()[0]}") from None
 
 
