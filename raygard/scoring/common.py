@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ def require(scorer: str, extra: str, *packages: str) -> None:
         raise RaygardError(f"scorer {scorer} needs {', '.join(missing)}: pip install 'raygard[{extra}]'")
 
 
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, None if it is missing; it is not imported."""
+    package = find_spec(name)
+    folders = package.submodule_search_locations if package else None
+    return Path(next(iter(folders))) if folders else None
+
+
 def unit(embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
     """Embeddings (n, d) scaled to length 1."""
     values = embeddings.astype(np.float64)
@@ -58,13 +66,8 @@ def in_batches(
 ) -> NDArray[np.float32]:
     """`embed` of `size` pictures at a time: float32 (n, width), also for n = 0. Raises RaygardError as above."""
     check_pictures(images)
-    found = [embed(batch) for batch in _batches(images, size)]
+    found = [embed(images[start : start + size]) for start in range(0, len(images), size)]
     return np.concatenate(found) if found else np.zeros((0, width), dtype=np.float32)
-
-
-def _batches(images: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
 
 
 def to_input(

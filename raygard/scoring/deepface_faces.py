@@ -13,7 +13,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from raygard.errors import RaygardError
 from raygard.files import scratch
-from raygard.scoring.common import check_pictures, check_references, mean_cosine_distance, require
+from raygard.scoring.common import check_pictures, check_references, mean_cosine_distance, package_folder, require
 
 # Dlib's detector misses one in six small portraits of 64 pixels, and none of them at 128. Faces that fill the picture
 # are found better as they are, so a picture is enlarged only when nothing is found (docs/scorers.md).
@@ -198,12 +197,8 @@ def _deepface_home(weights: str) -> Iterator[Path]:
 
 def _place(file: Path) -> None:
     """Copy weights that a package brought to where DeepFace looks for them."""
-    package = find_spec(WEIGHTS_PACKAGE)
-    folders = (package.submodule_search_locations if package else None) or ()
-    source = next(
-        (path for path in (Path(folder) / "models" / file.name for folder in folders) if path.is_file()), None
-    )
-    if file.is_file() or source is None:
+    package = package_folder(WEIGHTS_PACKAGE)
+    if file.is_file() or package is None or not (source := package / "models" / file.name).is_file():
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

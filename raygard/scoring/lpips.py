@@ -8,7 +8,6 @@ times the roots of weight and share of places, and all pairs cost one pass for e
 from __future__ import annotations
 
 import pickle
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raygard.errors import RaygardError
-from raygard.scoring.common import check_references, in_batches, require, to_input
+from raygard.scoring.common import check_references, in_batches, package_folder, require, to_input
 from raygard.scoring.weights import weights_file
 
 FILE = "alexnet-owt-7be5be79.pth"
@@ -55,8 +54,8 @@ class Lpips:
         except RuntimeError as error:
             raise RaygardError(f"{path} is not AlexNet: {' '.join(str(error).split())[:200]}") from None
         self._network = network.to(device).eval()
-        package = find_spec("torchmetrics")
-        folder = Path(next(iter(package.submodule_search_locations))) if package else Path()  # type: ignore[arg-type]
+        folder = package_folder("torchmetrics")
+        assert folder is not None
         channels = _read(folder / CHANNEL_WEIGHTS)
         self._roots = [channels[f"lin{tap}.model.1.weight"].clamp(min=0).sqrt().to(device) for tap in range(len(TAPS))]
         self._width = self._embed(np.zeros((1, SIDE, SIDE, 3), dtype=np.uint8)).shape[1]
