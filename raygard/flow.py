@@ -53,16 +53,17 @@ class Flow:
         """Check pictures, model and run directory before anything long starts or anything is written.
 
         connect: reaches the cluster and refuses what it can never run; called after the checks, before the writing.
-        upstream: a run of the same model and domain whose caches, relearning, stored results and MLflow store this
-        run uses instead of its own.
+        upstream: a run of the same model, domain, adaptation and scorer whose caches, relearning, stored results and
+        MLflow store this run uses instead of its own.
         """
         config = config.model_copy(update={"domain": with_resolution(config.domain, config.model)})
         self.config = config
         self.progress = progress or Progress(quiet=True)
         self.upstream = upstream
-        get_adaptation(config.adapt.method)
-        check_evaluation(config.evaluation.scorer)
-        get_scorer(config.evaluation.scorer)
+        if upstream is None:
+            get_adaptation(config.adapt.method)
+            check_evaluation(config.evaluation.scorer)
+            get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
         self.model_hash = model_fingerprint(config.model, "unet")
         RunDirectory.check(out, config)
