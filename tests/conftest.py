@@ -13,6 +13,7 @@ from hypothesis import settings
 from PIL import Image
 
 from raygard.config import ModelConfig
+from tests.letters import TOKENS, letter_tokenizer
 
 Maker = Callable[..., Path]
 
@@ -30,21 +31,17 @@ def make_tiny_sd(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A complete StableDiffusionPipeline with random weights: 16 x 16 pictures, 4 x 8 x 8 latents, 8
     tokens."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     source = folder.parent / f"{folder.name}-tokenizer"
     source.mkdir()
-    alphabet = [chr(code) for code in range(33, 127)]
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    (source / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (source / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=str(source / "vocab.json"), merges=str(source / "merges.txt"), model_max_length=8)
+    tokenizer = letter_tokenizer(source, model_max_length=8)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            vocab_size=len(TOKENS), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
             num_attention_heads=2, max_position_embeddings=8, projection_dim=16,
-            bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
+            bos_token_id=len(TOKENS) - 2, eos_token_id=len(TOKENS) - 1, pad_token_id=len(TOKENS) - 1,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(

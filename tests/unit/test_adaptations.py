@@ -20,7 +20,7 @@ from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, loa
 from raygard.domain import load_domain
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
-from tests.latents import latent_set
+from tests.latents import equal, latent_set
 
 STEPS = {"max_train_steps": 3, "learning_rate": 1e-2, "train_batch_size": 2, "gradient_accumulation_steps": 1}
 METHODS = sorted(ADAPTATIONS)
@@ -52,10 +52,6 @@ def moved(unet: Any, base: Any) -> set[str]:
 
 def states(unet: Any, result: AdaptResult) -> dict[str, torch.Tensor]:
     return {**unet.state_dict(), **result.adapter, **{f"token {k}": v for k, v in result.embeddings.items()}}
-
-
-def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from raygard import cli
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.mask.weights import STEM, load_denoiser_state
+from tests.latents import equal
 
 FROZEN = ("0.weight", "1.bias")
 State = dict[str, Tensor]
@@ -127,10 +128,6 @@ def test_another_base_is_refused() -> None:
 # Files
 
 
-def same(left: State, right: State) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 def shard(folder: Path, index: str = f"{STEM}.safetensors.index.json") -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     whole, where = state(), {}
@@ -150,25 +147,25 @@ def test_one_file_is_found_in_a_pipeline_and_in_a_denoiser_folder(tmp_path: Path
     folder = tmp_path / place
     folder.mkdir(exist_ok=True)
     save_file(state(), str(folder / name))
-    assert same(load_denoiser_state(tmp_path), state())
-    assert same(load_denoiser_state(folder / name), state())
+    assert equal(load_denoiser_state(tmp_path), state())
+    assert equal(load_denoiser_state(folder / name), state())
 
 
 @pytest.mark.parametrize("infix", ["", ".fp16"])
 def test_shards_are_joined(tmp_path: Path, infix: str) -> None:
     shard(tmp_path / "unet", f"{STEM}.safetensors.index{infix}.json")
-    assert same(load_denoiser_state(tmp_path), state())
+    assert equal(load_denoiser_state(tmp_path), state())
     (tmp_path / "unet" / f"{STEM}.safetensors.index{infix}.json").rename(
         tmp_path / "unet" / f"{STEM}{infix}.safetensors.index.json"
     )
-    assert same(load_denoiser_state(tmp_path), state())
+    assert equal(load_denoiser_state(tmp_path), state())
 
 
 def test_the_file_that_diffusers_loads_is_audited_and_not_a_variant_beside_it(tmp_path: Path) -> None:
     shard(tmp_path, f"{STEM}.fp16.safetensors.index.json")
     moved = {name: tensor + 1 for name, tensor in state().items()}
     save_file(moved, str(tmp_path / f"{STEM}.safetensors"))
-    assert same(load_denoiser_state(tmp_path), moved)
+    assert equal(load_denoiser_state(tmp_path), moved)
 
 
 def test_weights_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
@@ -224,7 +221,7 @@ def test_missing_and_exchanged_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RaygardError, match="does not hold the tensors"):
         load_denoiser_state(tmp_path)
     first.write_bytes(whole)
-    assert same(load_denoiser_state(tmp_path), state())
+    assert equal(load_denoiser_state(tmp_path), state())
 
 
 # Command line

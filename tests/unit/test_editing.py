@@ -30,7 +30,7 @@ from raygard.editing import (
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.mask.weights import load_denoiser_state
-from tests.unit.test_imma import latent_set
+from tests.latents import equal, flat_latents
 
 EDITED = ("conv_out.weight", "conv_in.bias")
 
@@ -50,15 +50,11 @@ def edit(unet: nn.Module) -> Edit:
 def material(tiny_model: ModelConfig) -> EditMaterial:
     tokenizer, encoder = load_text_encoder(tiny_model)
     loss = DiffusionLoss(load_noise_scheduler(tiny_model))
-    return EditMaterial(latent_set(), ("abc",), ("xyz",), loss, tokenizer, encoder, retain=latent_set(1))
+    return EditMaterial(flat_latents(), ("abc",), ("xyz",), loss, tokenizer, encoder, retain=flat_latents(1))
 
 
 def state(unet: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("name", sorted(EDITS))
@@ -82,8 +78,8 @@ def test_material_of_a_domain_is_of_its_illegal_classes_alone(tiny_model: ModelC
     path = tiny_model.pretrained_model_name_or_path
     domain = ["domain.data=x", "domain.illegal=[a]", "domain.legal=[b]", "domain.general=[c]", "seed=3"]
     config = load_config(None, [f"model.pretrained_model_name_or_path={path}", *domain])
-    learn = replace(latent_set(count=4), classes=["a", "b", "a", "b"])
-    material = EditMaterial.of(config, learn, latent_set(1))
+    learn = replace(flat_latents(count=4), classes=["a", "b", "a", "b"])
+    material = EditMaterial.of(config, learn, flat_latents(1))
     assert torch.equal(material.illegal.mean, learn.mean[[0, 2]]) and material.seed == 3
     assert (material.illegal_prompts, material.legal_prompts) == (("a",), ("b", "c"))
     with pytest.raises(RaygardError, match="no pictures of the illegal class 'a'"):
@@ -157,7 +153,7 @@ def test_an_edited_tensor_that_stays_trainable_needs_the_edited_base(
     assert equal(state(unet), before)
     tuned = load_unet(edited)
     settings = AdaptConfig(max_train_steps=2, learning_rate=1e-3, train_batch_size=2)
-    full(tuned, latent_set(), settings, DiffusionLoss(load_noise_scheduler(tiny_model)), mask=mask, seed=0)
+    full(tuned, flat_latents(), settings, DiffusionLoss(load_noise_scheduler(tiny_model)), mask=mask, seed=0)
     assert mask.audit(base, state(tuned)).ok
     assert not torch.equal(tuned.conv_in.bias, base["conv_in.bias"])
 

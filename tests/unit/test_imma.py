@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raygard.adaptation import full
 from raygard.config import AdaptConfig, ModelConfig
-from raygard.diffusion.cache import LatentSet, TextRows, encode_captions
+from raygard.diffusion.cache import LatentSet, encode_captions
 from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
@@ -19,17 +19,10 @@ from raygard.editing import IMMASettings, imma_values
 from raygard.editing.inner import INNER, TextModel, TextualInversion
 from raygard.errors import RaygardError
 from raygard.seeding import generator
+from tests.latents import flat_latents
 
 BUNDLED = ModelConfig(pretrained_model_name_or_path="zoo:tiny-sd")
 QUICK = IMMASettings(layers="cross-kv", rounds=3, train_batch_size=2, inner_lr=1e-3, outer_lr=1e-3)
-
-
-def latent_set(seed: int = 0, count: int = 6, tokens: tuple[int, int] = (8, 16), side: int = 8) -> LatentSet:
-    """Flat pictures of one colour, which are easy to learn."""
-    rng = generator("imma test", seed)
-    mean = torch.randn(count, 4, 1, 1, generator=rng).expand(count, 4, side, side).contiguous()
-    text = TextRows(torch.randn(2, *tokens, generator=rng), torch.arange(count) % 2)
-    return LatentSet(mean, torch.zeros_like(mean), text, ["a"] * count, ["x"] * count, [])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def written_out(unet: nn.Module, data: LatentSet, loss: DiffusionLoss, rank: int
 def test_first_steps_equal_a_loop_written_out(
     unet: nn.Module, loss: DiffusionLoss, inner: str, rank: int | None
 ) -> None:
-    data = latent_set()
+    data = flat_latents()
     settings = IMMASettings(**{**vars(QUICK), "inner": inner})
     values = imma_values(unet, data, loss, seed=5, settings=settings)
     expected = written_out(unet, data, loss, rank)
@@ -107,7 +100,7 @@ def test_exactly_the_named_tensors_change_and_seeds_decide(
     before = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
     settings = IMMASettings(**{**vars(QUICK), "rounds": 1, "inner": inner, "layers": layers})
     first, same, other = (
-        imma_values(unet, latent_set(), loss, seed=seed, settings=settings, text=text) for seed in (0, 0, 1)
+        imma_values(unet, flat_latents(), loss, seed=seed, settings=settings, text=text) for seed in (0, 0, 1)
     )
     assert list(first) == attention_tensors(unet, layers)
     for name, value in first.items():
@@ -122,7 +115,7 @@ def test_textual_inversion_starts_where_its_words_are_and_learns_them_alone() ->
     unet, loss = load_unet(BUNDLED), DiffusionLoss(load_noise_scheduler(BUNDLED))
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     captions = ["cyclone in the style of OpenMoji", "OpenMoji", "rainbow in the style of EmojiOne"]
-    data = replace(latent_set(tokens=(24, 128), side=16, count=3), captions=captions)
+    data = replace(flat_latents(tokens=(24, 128), side=16, count=3), captions=captions)
     inner = TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("OpenMoji", "EmojiOne")))
     # Each of these words is one token, so at the start the new tokens change nothing.
     start = inner.text(data, torch.arange(3)).detach()
@@ -150,7 +143,7 @@ def attacked(unet: nn.Module, data: LatentSet, loss: DiffusionLoss) -> float:
 
 def test_an_immunised_bundled_model_leaves_the_attacker_with_a_higher_loss() -> None:
     base = load_unet(BUNDLED)
-    loss, data = DiffusionLoss(load_noise_scheduler(BUNDLED)), latent_set(tokens=(24, 128), side=16)
+    loss, data = DiffusionLoss(load_noise_scheduler(BUNDLED)), flat_latents(tokens=(24, 128), side=16)
     settings = IMMASettings(layers="cross-kv", rounds=6, train_batch_size=2, inner_lr=1e-3, outer_lr=5e-3)
     immunised = with_values(base, imma_values(base, data, loss, seed=0, settings=settings))
     unguarded = attacked(copy.deepcopy(base), data, loss)
@@ -161,7 +154,7 @@ def test_an_immunised_bundled_model_leaves_the_attacker_with_a_higher_loss() -> 
 def test_a_retain_term_keeps_the_loss_of_what_is_retained_lower() -> None:
     base = load_unet(BUNDLED)
     loss = DiffusionLoss(load_noise_scheduler(BUNDLED))
-    illegal, kept = (latent_set(seed, tokens=(24, 128), side=16) for seed in (0, 1))
+    illegal, kept = (flat_latents(seed, tokens=(24, 128), side=16) for seed in (0, 1))
     found = {}
     for weight in (0.0, 5.0):
         settings = replace(QUICK, rounds=4, outer_lr=5e-3, retain_weight=weight)
@@ -171,7 +164,7 @@ def test_a_retain_term_keeps_the_loss_of_what_is_retained_lower() -> None:
 
 
 def test_bad_input_is_one_line(unet: nn.Module, loss: DiffusionLoss) -> None:
-    data = latent_set()
+    data = flat_latents()
     with pytest.raises(RaygardError, match="needs illegal pictures"):
         imma_values(unet, data.subset([]), loss, seed=0, settings=QUICK)
     with pytest.raises(RaygardError, match="no pictures to retain"):

@@ -5,10 +5,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from raygard.config import ModelConfig
-from raygard.diffusion.cache import LatentSet, TextRows
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
+from tests.latents import latent_set
 
 
 class Constant(torch.nn.Module):
@@ -21,13 +21,6 @@ class Constant(torch.nn.Module):
     def forward(self, noisy: torch.Tensor, *_: object, return_dict: bool) -> tuple[torch.Tensor]:
         assert return_dict is False
         return (self.value.expand_as(noisy),)
-
-
-def latent_set(count: int) -> LatentSet:
-    rng = torch.Generator().manual_seed(0)
-    mean, std = torch.randn(2, count, 4, 8, 8, generator=rng)
-    text = TextRows(torch.randn(2, 8, 16, generator=rng), torch.arange(count) % 2)
-    return LatentSet(mean, std.abs(), text, ["a"] * count, ["x"] * count, [])
 
 
 def test_epsilon_and_v_targets_are_equation_1() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from raygard.scoring.clip import ClipImage, ClipText
 from raygard.scoring.csd import Csd, load_csd
 from raygard.scoring.distribution import TooFewPictures, frechet_distance, kernel_distances
 from raygard.scoring.nudenet_explicit import PAPER_LABELS, NudeNet, NudeNetAll
+from tests.letters import TOKENS, letter_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONGRESS = ROOT.parent / "shared" / "data" / "faces_congress" / "images"
@@ -84,22 +84,17 @@ class TinyInception(nn.Module):
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder in the published layout, with tiny random networks."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    alphabet = [chr(code) for code in range(33, 127)]
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokens), "eos_token_id": len(tokens) - 1, "max_position_embeddings": 12}
+    words = {"vocab_size": len(TOKENS), "eos_token_id": len(TOKENS) - 1, "max_position_embeddings": 12}
     clip = CLIPConfig(
         text_config={**small, **words}, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=16
     )
     CLIPModel(clip).save_pretrained(folder / "clip-vit-base-patch32")
-    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder / "clip-vit-base-patch32")
+    letter_tokenizer(folder).save_pretrained(folder / "clip-vit-base-patch32")
     ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(folder / "dino-vits16")
     state = {f"module.{name}": tensor for name, tensor in OpenAiCsd().state_dict().items()}
     run = {"model_state_dict": state, "args": argparse.Namespace(lr=0.1), "iter": 3, "best": np.float64(0.5)}

@@ -19,6 +19,7 @@ from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.mask.weights import load_denoiser_state
 from raygard.user import adapt_model, generate_pictures, score_folders
+from tests.latents import equal
 
 Maker = Callable[..., Path]
 
@@ -48,10 +49,6 @@ def make_mask(model: Path, folder: Path) -> FreezeMask:
     return mask
 
 
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 def test_fine_tuning_under_a_mask_passes_the_audit(tiny_sd: Path, imagefolder: Maker, tmp_path: Path) -> None:
     data = imagefolder({"a": 4, "b": 3})
     mask = make_mask(tiny_sd, tmp_path / "mask")
@@ -78,7 +75,7 @@ def test_equal_seeds_give_equal_weights_and_the_saved_pipeline_draws(
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         adapt(tiny_sd, data, tmp_path / name, classes=("a", "a"), seed=seed)
     one, two, three = (load_denoiser_state(tmp_path / name) for name in ("one", "two", "three"))
-    assert same(one, two) and not same(one, three)
+    assert equal(one, two) and not equal(one, three)
     before, after = (
         generate_pictures(str(model), ["x", "y", "x"], tmp_path / f"drawn-{model.name}", 0, 2, 2.0)
         for model in (tiny_sd, tmp_path / "one")
