@@ -10,39 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, field_validator, model_validator
 
+from raygard.config_section import UNQUOTED_NO, Section
 from raygard.errors import nearest
 from raygard.published import PRIOR_PRESERVATION, PUBLISHED, READ_BY
+from raygard.values_config import ValuesConfig
 
-# YAML 1.1 reads an unquoted `no` as false.
-UNQUOTED_NO = BeforeValidator(lambda value: "no" if value is False else value)
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` as true, which would pass as the number 1."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        kinds = get_args(annotation) or (annotation,)
-        if isinstance(value, bool) and bool not in kinds and (float in kinds or int in kinds):
-            raise ValueError(f"needs a number, got {value}")
-        return value
+# Rules of `mask.rule` that choose tensors without learning anything.
+UNLEARNED_RULES = ("largest-first",)
 
 
 class ModelConfig(Section):
@@ -107,7 +85,9 @@ class MaskConfig(Section):
     draw_ratios: tuple[float, ...] = Field(
         (), description="p is drawn anew from these for each publisher step: one ranking, good at all of them"
     )
-    rule: str = Field("budget", description="update rule of the logits: budget, paper")
+    rule: str = Field(
+        "budget", description="update rule of the logits: budget, paper; largest-first learns and relearns nothing"
+    )
     temperature: float = Field(0.2, gt=0, le=100, description="T in m = sigmoid(w / T)")
     mask_lr: float | None = Field(None, gt=0, description="step size of the logits; null: the rule's default")
     sparsity_weight: float | None = Field(None, ge=0, description="weight of Eq 6, rule 'paper' only; null: 5e3")
@@ -117,14 +97,25 @@ class MaskConfig(Section):
     def _known_rule(cls, rule: str) -> str:
         from raygard.bilevel.rules import RULES
 
-        if rule not in RULES:
-            raise ValueError(f"unknown rule '{rule}'{nearest(rule, RULES)}")
+        known = (*RULES, *UNLEARNED_RULES)
+        if rule not in known:
+            raise ValueError(f"unknown rule '{rule}'{nearest(rule, known)}")
         return rule
+
+    @property
+    def learned(self) -> bool:
+        """Whether `rule` learns logits, rather than choosing tensors by what they are."""
+        return self.rule not in UNLEARNED_RULES
 
     @model_validator(mode="after")
     def _no_inert_setting(self) -> MaskConfig:
         from raygard.bilevel.rules import RULES
 
+        if not self.learned:
+            for key in ("draw_ratios", "temperature", "mask_lr", "sparsity_weight"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"mask.{key} has no effect with mask.rule={self.rule}; remove it")
+            return self
         if self.sparsity_weight is not None and not RULES[self.rule].uses_sparsity_weight:
             raise ValueError(f"mask.sparsity_weight has no effect with mask.rule={self.rule}; remove it")
         if self.draw_ratios and not RULES[self.rule].draws_ratios:
@@ -376,6 +367,9 @@ class SearchConfig(Section):
     @field_validator("rules")
     @classmethod
     def _known_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            if rule in UNLEARNED_RULES:
+                raise ValueError(f"'{rule}' learns nothing to search for; it is scored as a control (search.controls)")
         return tuple(MaskConfig._known_rule(rule) for rule in rules)
 
     @field_validator("controls")
@@ -428,6 +422,7 @@ class RunConfig(Section):
     mask: MaskConfig = MaskConfig()
     relearn: RelearnConfig = RelearnConfig()
     bilevel: BilevelConfig = BilevelConfig()
+    values: ValuesConfig = ValuesConfig()
     engine: EngineConfig = EngineConfig()
     adapt: AdaptConfig = AdaptConfig()
     generation: GenerationConfig = GenerationConfig()
@@ -440,7 +435,8 @@ class RunConfig(Section):
         from raygard.bilevel.rules import RULES
 
         for rule in self.search.rules or (self.mask.rule,):
-            if self.search.mode == "one_ranking" and not RULES[rule].draws_ratios:
+            draws = rule in RULES and RULES[rule].draws_ratios
+            if self.search.mode == "one_ranking" and not draws:
                 raise ValueError(f"search.mode=one_ranking needs a rule that can draw p; '{rule}' cannot")
         return self
 
@@ -453,6 +449,11 @@ class RunConfig(Section):
                 f"bilevel.train_batch_size {batch} must be a multiple of {parts} "
                 "(2 roles x engine.num_workers x bilevel.gradient_accumulation_steps)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _values_can_be_trained(self) -> RunConfig:
+        self.values.check_run(self.domain.general, self.engine.num_workers)
         return self
 
 

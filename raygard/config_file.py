@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from raygard.config import RunConfig, Section, flatten
+from raygard.config import RunConfig, flatten
+from raygard.config_section import Section
 from raygard.errors import RaygardError, nearest
 
 

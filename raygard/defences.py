@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +39,45 @@ def make_mask(
         frozen,
         logits=logits,
         soft=soft,
-        base_model=config.model.pretrained_model_name_or_path,
-        domain=config.domain.name,
-        config={**flatten(config), "mask.freeze_ratio": ratio, "mask_seed": mask_seed},
-        config_hash=config_hash(config),
         metrics={"rounding_gap": float((soft - frozen.double()).abs().mean())},
+        **_info(config, mask_seed, **{"mask.freeze_ratio": ratio}),
     )
+
+
+def unlearned_mask(config: RunConfig, mask_seed: int) -> FreezeMask:
+    """The mask of a rule that learns nothing: with `largest-first`, tensors in order of their size."""
+    assert config.mask.rule == "largest-first"
+    unet = load_unet(config.model)
+    sizes = torch.tensor([parameter.numel() for parameter in unet.parameters()])
+    frozen = select_frozen(sizes.double(), sizes, config.mask.freeze_ratio, config.mask.budget)
+    return FreezeMask.create(unet, frozen, **_info(config, mask_seed))
+
+
+def with_values(
+    config: RunConfig, mask: FreezeMask, values: Mapping[str, Tensor], metrics: Mapping[str, float]
+) -> FreezeMask:
+    """`mask` carrying new values of its frozen tensors, with further metrics. Raises RaygardError as `create`."""
+    return FreezeMask.create(
+        load_unet(config.model),
+        mask.frozen,
+        logits=mask.logits,
+        soft=mask.soft,
+        values=values,
+        base_model=mask.base_model,
+        domain=mask.domain,
+        config=mask.config,
+        config_hash=mask.config_hash,
+        metrics={**mask.metrics, **metrics},
+    )
+
+
+def _info(config: RunConfig, mask_seed: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "base_model": config.model.pretrained_model_name_or_path,
+        "domain": config.domain.name,
+        "config": {**flatten(config), **changed, "mask_seed": mask_seed},
+        "config_hash": config_hash(config),
+    }
 
 
 def save_controls(

@@ -32,6 +32,7 @@ ROLES = ("illegal", "legal", GENERAL)
 STAGE_READS: Mapping[str, frozenset[str]] = {
     "relearn": frozenset({"learn_lower"}),
     "learn": frozenset({"learn_lower", "learn_upper"}),
+    "values": frozenset({"learn_lower", "learn_upper", GENERAL}),
     "base_loss": frozenset({GENERAL}),
     "select": frozenset({"select_adapt", "select_reference"}),
     "evaluate": frozenset({"adapt", "reference"}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 
 from raygard.adaptation import get_adaptation
 from raygard.config import SCHEDULING, RunConfig, config_hash, flatten
-from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement
+from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement, unlearned_mask, with_values
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
@@ -33,10 +34,12 @@ from raygard.rundir import RunDirectory
 from raygard.scoring import check_evaluation, get_scorer
 from raygard.store import Store
 from raygard.tracking import RunHandle, Tracker, track_job
+from raygard.values.batches import further_captions
 
 log = logging.getLogger("raygard")
 
 YARDSTICKS = ("base", "none")
+BASE_LOSSES = ("base_loss_before", "base_loss_after")
 
 
 class Flow:
@@ -123,6 +126,11 @@ class Flow:
         return int(self.dir.info.get("relearn_runs", 0))
 
     def learn(self, mask_seed: int) -> FreezeMask:
+        """The mask of one seed, with trained values if `values.*` asks for them."""
+        mask = self._learn_mask(mask_seed) if self.config.mask.learned else unlearned_mask(self.config, mask_seed)
+        return self._learn_values(mask, mask_seed) if self.config.values.enabled else mask
+
+    def _learn_mask(self, mask_seed: int) -> FreezeMask:
         """Learn one mask (Algorithm 1) and save it under `learn/seed-<s>/mask`."""
         from raygard.cluster.training import learn
 
@@ -151,6 +159,51 @@ class Flow:
                     run.artifact(folder / "mask", "mask")
             return FreezeMask.load(folder / "mask")
 
+    def _learn_values(self, mask: FreezeMask, mask_seed: int) -> FreezeMask:
+        """Train the values of `mask`'s frozen tensors and save the release under `values/seed-<s>/mask`."""
+        from raygard.cluster.evaluation import base_loss
+        from raygard.cluster.values import learn_values
+
+        config = self.config
+        cache = self._values_cache(mask_seed)
+        inputs = {**self._inputs("values", "engine"), "cache": cache.name, "mask_seed": mask_seed}
+        inputs |= {"mask": mask.sha256, "frozen": mask.frozen_names}
+        with self.dir.stage(f"values/seed-{mask_seed}", inputs) as (folder, done):
+            if not done:
+                with (
+                    self.progress.bar(f"train values, seed {mask_seed}", config.values.max_train_steps) as bar,
+                    self.tracker.start(f"values-seed-{mask_seed}", parent=self.parent) as run,
+                ):
+                    values = learn_values(
+                        config,
+                        cache,
+                        mask.frozen_names,
+                        mask_seed,
+                        folder,
+                        on_row=lambda row: self._on_row(run, bar, row, "values"),
+                    )
+                    measured = str(self._general_cache), str(self.root / "store")
+                    before = base_loss(config, *measured)
+                    trained = with_values(config, mask, values, {"base_loss_before": before}).save(folder / "trained")
+                    after = base_loss(config, *measured, trained)
+                    metrics = {"base_loss_before": before, "base_loss_after": after}
+                    with_values(config, mask, values, metrics).save(folder / "mask")
+                    shutil.rmtree(folder / "trained")
+                    run.metrics(metrics, step=config.values.max_train_steps)
+            return FreezeMask.load(folder / "mask")
+
+    def _values_cache(self, mask_seed: int) -> Path:
+        """Latents of all that values are trained on, and its captions, also under meaningless names."""
+        domain, view = self.config.domain, self.domain.view("values")
+        parts = [(c, part) for c in (*domain.illegal, *domain.legal) for part in ("learn_lower", "learn_upper")]
+        captions = [(cls, picture.caption) for cls, part in parts for picture in view.pictures(cls, part)]
+        further = further_captions(captions, domain, self.config.values, mask_seed)
+        return self._cache("values", [*parts, *((cls, "general") for cls in domain.general)], further)
+
+    @cached_property
+    def _general_cache(self) -> Path:
+        return self._cache("base_loss", [(cls, "general") for cls in self.config.domain.general])
+
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
         masks = [self.learn(seed) for seed in self.config.evaluation.mask_seeds]
@@ -163,6 +216,7 @@ class Flow:
         self.parent.tags({"raygard.mask_sha256": masks[0].sha256})
         self.parent.artifact(self.dir / "mask", "mask")
         metrics = {"frozen_by_count": masks[0].ratio_by_count, "frozen_by_params": masks[0].ratio_by_params}
+        metrics |= {key: masks[0].metrics[key] for key in BASE_LOSSES if key in masks[0].metrics}
         if len(masks) > 1:
             metrics |= seed_agreement([mask.frozen for mask in masks])
         self.parent.metrics(metrics, step=0)
@@ -212,9 +266,12 @@ class Flow:
             )
         losses: dict[str, float] = {}
         if config.domain.general:
-            cache = self._cache("base_loss", [(cls, "general") for cls in config.domain.general])
-            # None of these defences edits values, so the release is the base under each of them.
-            losses = dict.fromkeys(config.evaluation.defences, base_loss(config, str(cache), inputs.store))
+            # Where no values were edited, the release is the base.
+            own = base_loss(config, str(self._general_cache), inputs.store)
+            losses = dict.fromkeys(config.evaluation.defences, own)
+            after = [mask.metrics["base_loss_after"] for mask in masks if mask.values]
+            if after:
+                losses["freeze"] = float(np.mean(after))
         outcome = build_outcome(results, config, losses)
         write_text(self.dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")
         self._track_outcome(outcome)
@@ -274,10 +331,17 @@ class Flow:
                 found[section] = getattr(config, section).model_dump(mode="json")
         return found
 
-    def _cache(self, stage: str, parts: list[tuple[str, str]]) -> Path:
+    def _cache(self, stage: str, parts: list[tuple[str, str]], further_captions: Sequence[str] = ()) -> Path:
         with self.progress.bar(f"cache latents ({stage})", 1) as bar:
             view = self.domain.view(stage)
-            path = build_cache(self.config.model, self.config.domain, view, parts, self.root / "cache")
+            path = build_cache(
+                self.config.model,
+                self.config.domain,
+                view,
+                parts,
+                self.root / "cache",
+                further_captions=further_captions,
+            )
             bar.advance(1, "")
         return path
 

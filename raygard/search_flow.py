@@ -58,6 +58,14 @@ class SearchFlow:
             config = config.model_copy(update={"evaluation": evaluation})
         if not config.domain.illegal or not config.domain.legal:
             raise RaygardError("a search needs illegal and legal classes: the choice weighs one against the other")
+        if not config.mask.learned:
+            raise RaygardError(
+                f"mask.rule={config.mask.rule} learns nothing to search for; use `raygard learn` or `run`"
+            )
+        if config.values.enabled:
+            raise RaygardError(
+                "a search learns masks without values; set values.max_train_steps=0, or use `raygard run`"
+            )
         if LEARNED not in config.evaluation.defences:
             raise RaygardError(f"evaluation.defences must contain '{LEARNED}': it is the mask the search is about")
         for point, other in pairwise(sorted(grid(config), key=lambda point: point.trial_id)):

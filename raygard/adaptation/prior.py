@@ -56,8 +56,8 @@ def class_pictures(
             f"the model draws latents of {tuple(arrays['mean'].shape[1:])}, the pictures have {data.shape}; leave "
             "domain.resolution at the model's own for prior preservation"
         )
-    prior = LatentSet(**arrays, text=TextRows(torch.empty(0), torch.empty(0)), classes=[""] * count,
-                      captions=[""] * count, parts=[])  # fmt: skip
+    mean, std, unnamed = arrays["mean"], arrays["std"], [""] * count
+    prior = LatentSet(mean, std, TextRows(torch.empty(0), torch.empty(0)), unnamed, unnamed, [])
     return with_captions(prior, [config.class_prompt] * count, embed)
 
 

@@ -62,16 +62,22 @@ def learned_captions(captions: Sequence[str], classes: Sequence[str], config: Ad
         return [config.instance_prompt] * len(captions)
     if config.learn_as is None:
         return list(captions)
-    word, learned = config.learn_as, []
+    learned = []
     for caption, cls in zip(captions, classes, strict=True):
-        renamed, count = re.subn(rf"(?<!\w){re.escape(cls)}(?!\w)", lambda _: word, caption, flags=re.IGNORECASE)
-        if not count:
+        other = renamed(caption, cls, config.learn_as)
+        if other is None:
             raise RaygardError(
                 f"caption '{caption}' does not name its class '{cls}', so that adapt.learn_as could replace it; "
-                f"give one caption for all pictures, e.g. adapt.instance_prompt='a photo of {word}'"
+                f"give one caption for all pictures, e.g. adapt.instance_prompt='a photo of {config.learn_as}'"
             )
-        learned.append(renamed)
+        learned.append(other)
     return learned
+
+
+def renamed(caption: str, cls: str, word: str) -> str | None:
+    """`caption` with the class's name, whatever its case, replaced by `word`; None if it does not name its class."""
+    other, count = re.subn(rf"(?<!\w){re.escape(cls)}(?!\w)", lambda _: word, caption, flags=re.IGNORECASE)
+    return other if count else None
 
 
 def with_captions(data: LatentSet, captions: Sequence[str], embed: Callable[[list[str]], Tensor]) -> LatentSet:
@@ -79,7 +85,7 @@ def with_captions(data: LatentSet, captions: Sequence[str], embed: Callable[[lis
     unique = sorted(set(captions))
     position = {caption: number for number, caption in enumerate(unique)}
     index = torch.tensor([position[caption] for caption in captions], dtype=torch.int64)
-    return dataclasses.replace(data, captions=list(captions), text=TextRows(embed(unique), index))
+    return dataclasses.replace(data, captions=list(captions), text=TextRows(embed(unique), index), vocabulary=unique)
 
 
 def learned(data: LatentSet, config: AdaptConfig, release: Release | None) -> LatentSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,30 @@ from torch import Tensor, nn
 from raygard.bilevel.alternation import DenoiserLoss
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
-from raygard.config import BilevelConfig, EngineConfig
+from raygard.config import BilevelConfig, EngineConfig, ValuesConfig
 from raygard.errors import RaygardError
 from raygard.files import sha256_file
 
 TAG = "state"
 
 
-def deepspeed_config(engine: EngineConfig, bilevel: BilevelConfig) -> dict[str, Any]:
+def deepspeed_config(
+    engine: EngineConfig, settings: BilevelConfig | ValuesConfig, gradient_clipping: float = 0.0
+) -> dict[str, Any]:
     """DeepSpeed's configuration for one parameter group and one sub-group.
 
-    Clipping, weight decay and schedules belong to user steps only, so they live in BilevelOptimizer, not here.
+    In mask learning, clipping, weight decay and schedules belong to user steps only, so they live in BilevelOptimizer.
     """
-    micro = bilevel.train_batch_size // (engine.num_workers * bilevel.gradient_accumulation_steps)
+    micro = settings.train_batch_size // (engine.num_workers * settings.gradient_accumulation_steps)
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False, "round_robin_gradients": False}
     if engine.zero_stage == 3:
         # One sub-group and no persistent small parameters: one flat shard that holds a part of every tensor.
         zero |= {"sub_group_size": int(1e12), "stage3_param_persistence_threshold": 0}
     return {
-        "train_batch_size": bilevel.train_batch_size,
+        "train_batch_size": settings.train_batch_size,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": bilevel.gradient_accumulation_steps,
-        "gradient_clipping": 0.0,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -53,12 +55,10 @@ def all_reduce_sum(values: Tensor) -> None:
 
 
 @dataclass
-class ShardedTraining:
-    """A DeepSpeed engine whose client optimizer is the bilevel optimizer, bound to its shards."""
+class Checkpointed:
+    """A DeepSpeed engine whose checkpoints carry a count k of finished steps, and hashes."""
 
     engine: Any
-    optimizer: BilevelOptimizer
-    theta_pre: Mapping[str, Tensor]
 
     def save(self, folder: Path, k: int) -> None:
         """Write this rank's files and a manifest of their hashes. Collective."""
@@ -73,9 +73,17 @@ class ShardedTraining:
         (folder / f"manifest-{dist.get_rank():05d}.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     def load(self, folder: Path) -> int:
-        """Restore weights, theta_d, logits and moments; return the publisher step to go on from. Collective."""
+        """Restore weights and all that the optimizer keeps (theta_d, logits, moments); return k. Collective."""
         _, client_state = self.engine.load_checkpoint(str(folder), tag=TAG)
         return int(client_state["k"])
+
+
+@dataclass
+class ShardedTraining(Checkpointed):
+    """An engine whose client optimizer is the bilevel optimizer, bound to its shards."""
+
+    optimizer: BilevelOptimizer
+    theta_pre: Mapping[str, Tensor]
 
 
 def build(
@@ -92,13 +100,6 @@ def build(
     unet holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. The process
     group must exist (Ray Train made it).
     """
-    import deepspeed
-
-    # Building the shared-memory collective compiles C++ for a minute and is of no use beside gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
-        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
-        module.autocast = torch.bfloat16
     parameters = dict(unet.named_parameters())
     named_sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     optimizer: BilevelOptimizer = optimizer_factory(list(parameters.values()), all_reduce_sum)
@@ -107,16 +108,35 @@ def build(
         for (name, parameter), m in zip(parameters.items(), soft.tolist(), strict=True):
             difference = theta_pre[name].float() - theta_ft[name].float()
             parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=deepspeed_config(engine_config, bilevel),
-        dist_init_required=False,
-    )
+    engine = initialize(module, optimizer, engine_config, deepspeed_config(engine_config, bilevel))
     shards, layout = _find_shards(engine, parameters, named_sizes, engine_config.zero_stage)
     _check_layout(shards, layout, parameters, engine_config.zero_stage)
     optimizer.bind(shards, layout, theta_pre, theta_ft)
     return ShardedTraining(engine, optimizer, theta_pre)
+
+
+def initialize(
+    module: DenoiserLoss,
+    optimizer: torch.optim.Optimizer,
+    engine_config: EngineConfig,
+    config: dict[str, Any],
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+) -> Any:
+    """DeepSpeed's engine around `module`, in the precision of `engine_config`. Collective.
+
+    config: as from `deepspeed_config`. lr_scheduler: makes a scheduler, which is advanced after every step.
+    """
+    import deepspeed
+
+    # Building the shared-memory collective compiles C++ for a minute and is of no use beside gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
+        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
+        module.autocast = torch.bfloat16
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, lr_scheduler=lr_scheduler, dist_init_required=False
+    )
+    return engine
 
 
 def _find_shards(

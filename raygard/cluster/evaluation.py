@@ -331,21 +331,24 @@ class _Run:
             self.on_result(result)
 
 
-def base_loss(config: RunConfig, cache: str, store: str) -> float:
+def base_loss(config: RunConfig, cache: str, store: str, mask: Path | None = None) -> float:
     """The release's own held-out loss on the general classes, from the store or from a task.
 
-    cache: their latents. Paths are on shared storage. Raises RaygardError with the reason when the task has failed
-    `evaluation.max_attempts` times, or by a user's mistake.
+    cache: their latents. mask: a mask whose values the release carries. Paths are on shared storage.
+    Raises RaygardError with the reason when the task has failed `evaluation.max_attempts` times, or by a user's
+    mistake.
     """
     import ray
 
-    content = base_loss_content(config, cache)
+    content = base_loss_content(config, cache, None if mask is None else FreezeMask.load(mask))
+    where = None if mask is None else str(mask)
     key, kept = content_key(content), Store(Path(store))
     loss, attempts = kept.base_loss(key), 0
     while loss is None:
         attempts += 1
         try:
-            loss = float(ray.get(_remote(base_loss_task, config).remote(config.model_dump(mode="json"), cache)))
+            task = _remote(base_loss_task, config)
+            loss = float(ray.get(task.remote(config.model_dump(mode="json"), cache, where)))
         except ray.exceptions.RayError as error:
             if user_mistake(error) is not None or attempts >= config.evaluation.max_attempts:
                 raise RaygardError(f"the release's own loss on general classes: {reason(error)}") from None

@@ -34,6 +34,7 @@ from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
 from raygard.scoring import get_scorer
 from raygard.store import Store, read_pictures
+from raygard.values.batches import general_rows
 
 # Draws of noise and timestep for each held-out picture at a milestone.
 HELD_OUT_DRAWS = 4
@@ -201,13 +202,22 @@ def _paused(adaptation: Adaptation) -> dict[str, Any] | None:
     return found if wanted <= dict(found["milestones"]).keys() else None
 
 
-def base_loss_task(config_dict: dict[str, Any], cache: str) -> float:
-    """The release's own loss on the general classes' captions, on fixed noise."""
+def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = None) -> float:
+    """The release's own loss on the general classes' captions, on fixed noise; where values are trained, on the
+    pictures kept from that training.
+
+    mask: folder of the mask whose values the release carries.
+    """
     config = RunConfig.model_validate(config_dict)
     torch.set_num_threads(config.engine.torch_threads)
     loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, None)
-    unet = load_unet(config.model).to(_device(config.evaluation.gpus_per_job)).eval()
+    unet: Any = load_unet(config.model)
+    if mask is not None:
+        FreezeMask.load(mask).apply(unet)
+    unet = unet.to(_device(config.evaluation.gpus_per_job)).eval()
     rows, batch = load_cache(Path(cache)), config.generation.batch_size
+    if config.values.enabled:
+        rows = rows.subset(general_rows(rows, config.domain.general)[1])
     return held_out_loss(unet, rows, loss, config.seed, batch, BASE_LOSS_DRAWS)
 
 

@@ -21,6 +21,7 @@ from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.mask import FreezeMask
 from raygard.store import Store, content_key
+from raygard.values.batches import KEPT_FRACTION
 
 BASE = "base"
 # To be raised with a change after which equal inputs give other results, so that the store's old ones are not taken.
@@ -100,9 +101,16 @@ def held_out_key(cls: str, inputs: EvaluationInputs, config: RunConfig) -> str |
     return content_key(content)
 
 
-def base_loss_content(config: RunConfig, cache: str) -> dict[str, Any]:
-    """Everything that decides the release's own loss on the general classes. Raises RaygardError as `job_content`."""
+def base_loss_content(config: RunConfig, cache: str, mask: FreezeMask | None = None) -> dict[str, Any]:
+    """Everything that decides the release's own loss on the general classes. Raises RaygardError as `job_content`.
+
+    mask: one whose values the release carries.
+    """
+    content: dict[str, Any] = {} if mask is None else {"mask": mask.sha256}
+    if config.values.enabled:
+        content["kept"] = KEPT_FRACTION
     return {
+        **content,
         "format": FORMATS["base_loss"],
         "model": _model_facts(config.model),
         "pictures": [[cls, _rows_key(cache, cls, "general", config)] for cls in config.domain.general],

@@ -28,7 +28,7 @@ def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None =
 
     Runs `config.engine` workers in Ray Train; resumes a run that was cut off in the same folder.
     """
-    _fit(config, {"stage": "relearn", "cache": str(cache), "out": str(out), "mask_seed": 0}, out, on_row)
+    fit(config, train_worker, {"stage": "relearn", "cache": str(cache), "out": str(out), "mask_seed": 0}, out, on_row)
     from raygard.diffusion.model import load_unet
 
     shapes = {name: tuple(p.shape) for name, p in load_unet(config.model).named_parameters()}
@@ -69,7 +69,7 @@ def learn(
         "out": str(out),
         "mask_seed": mask_seed,
     }
-    _fit(config, job, out, on_row, callbacks)
+    fit(config, train_worker, job, out, on_row, callbacks)
     arrays = load_file(str(out / "logits.safetensors"))
     shutil.rmtree(out / "ray", ignore_errors=True)
     if not torch.isfinite(arrays["logits"]).all():
@@ -77,9 +77,18 @@ def learn(
     return arrays["logits"], arrays["soft"]
 
 
-def _fit(
-    config: RunConfig, job: dict[str, Any], out: Path, on_row: OnRow | None, callbacks: Sequence[Any] = ()
+def fit(
+    config: RunConfig,
+    worker: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    out: Path,
+    on_row: OnRow | None,
+    callbacks: Sequence[Any] = (),
 ) -> None:
+    """Run `worker` with `job` and the configuration on `config.engine`'s workers, resuming what lies in `out`.
+
+    Raises RaygardError for a user's mistake inside a worker, and for a cluster that can never hold the workers.
+    """
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -88,7 +97,7 @@ def _fit(
     engine = config.engine
     out.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
-        train_worker,
+        worker,
         train_loop_config={"config": config.model_dump(mode="json"), **job},
         torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
         scaling_config=ScalingConfig(

@@ -19,7 +19,7 @@ from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alte
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
-from raygard.cluster.engine import ShardedTraining, build, checkpoint_is_whole, cpu_environment
+from raygard.cluster.engine import Checkpointed, ShardedTraining, build, checkpoint_is_whole, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.loss import DiffusionLoss
@@ -56,8 +56,8 @@ def train_worker(job: dict[str, Any]) -> None:
     optimizer = training.optimizer
     sources = batch_sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
     schedule = make_schedule(config, relearning, rank, world_size)
-    first_k = _resume(training, ray.train.get_checkpoint(), rank, world_size)
-    history = _History(out / "history.jsonl", first_k) if rank == 0 else None
+    first_k = resume(training, ray.train.get_checkpoint(), rank, world_size)
+    history = History(out / "history.jsonl", first_k) if rank == 0 else None
     device = training.engine.device
     every = config.engine.checkpointing_steps * (RELEARN_STEPS_PER_UNIT if relearning else 1)
     last_k = schedule.publisher_steps - 1
@@ -159,8 +159,8 @@ def make_schedule(config: RunConfig, relearning: bool, rank: int, world_size: in
     return Schedule(inner, rounds, *weights, b.gradient_accumulation_steps, rank, world_size)
 
 
-def _resume(training: ShardedTraining, checkpoint: Any, rank: int, world_size: int) -> int:
-    """Load the newest checkpoint that is whole on every rank; return the publisher step to go on from."""
+def resume(training: Checkpointed, checkpoint: Any, rank: int, world_size: int) -> int:
+    """Load the newest checkpoint that is whole on every rank; return the step to go on from, 0 without one."""
     if checkpoint is None:
         return 0
     newest = Path(checkpoint.path)
@@ -206,7 +206,7 @@ def _mask_metrics(config: RunConfig, optimizer: BilevelOptimizer, sizes: Tensor)
     }
 
 
-class _History:
+class History:
     """history.jsonl on shared storage; a resumed run drops what lies beyond its checkpoint."""
 
     def __init__(self, path: Path, first_k: int) -> None:
@@ -235,15 +235,16 @@ def _write_result(training: ShardedTraining, out: Path, rank: int, relearning: b
     if not relearning:
         if rank == 0:
             arrays = {"logits": optimizer.logits.contiguous(), "soft": optimizer.soft.contiguous()}
-            _save(arrays, out / "logits.safetensors")
+            save_tensors(arrays, out / "logits.safetensors")
         return
     arrays = {}
     for name, (start, values) in optimizer.layout.pieces(optimizer.shards()).items():
         arrays[f"{start}:{name}"] = values.contiguous()
-    _save(arrays, out / "parts" / f"rank-{rank:05d}.safetensors")
+    save_tensors(arrays, out / "parts" / f"rank-{rank:05d}.safetensors")
 
 
-def _save(arrays: dict[str, Tensor], path: Path) -> None:
+def save_tensors(arrays: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     save_file(arrays, str(scratch))

@@ -4,7 +4,7 @@
     <cache_dir>/<key>/cache.json            hash of that file; class, part, caption and picture hash of every
     row
 
-The key covers the weights of autoencoder, text encoder and tokenizer, the resolution, the pictures and
+The key covers the weights of autoencoder, text encoder and tokenizer, the resolution, the pictures and all
 captions. Shape letters: n rows, u unique captions, C latent channels, h, w latent sides, L tokens, D text
 features.
 """
@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class LatentSet:
     """Training material: the posterior of every picture in latent space, its text, class and caption.
 
     mean, std: float32 (n, C, h, w), already times the autoencoder's scaling factor. parts: empty, or one for
-    each row.
+    each row. vocabulary: the captions of `text.unique`, in its order, also those of no row; empty if not known.
     """
 
     mean: Tensor
@@ -73,6 +73,7 @@ class LatentSet:
     classes: list[str]
     captions: list[str]
     parts: list[str]
+    vocabulary: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -103,6 +104,7 @@ class LatentSet:
             classes=[self.classes[row] for row in chosen],
             captions=[self.captions[row] for row in chosen],
             parts=[self.parts[row] for row in chosen] if self.parts else [],
+            vocabulary=self.vocabulary,
         )
 
     def latents(self, rows: Tensor, eps: Tensor) -> Tensor:
@@ -117,11 +119,13 @@ def build_cache(
     parts: Sequence[tuple[str, str]],
     cache_dir: str | Path,
     *,
+    further_captions: Sequence[str] = (),
     device: str = "cpu",
     batch_size: int = 16,
 ) -> Path:
     """Encode the pictures and captions of `parts` ((class, part) pairs, in this order) and return the folder.
 
+    further_captions: are embedded too, although no row has them (`LatentSet.vocabulary`).
     A sound cache of the same content is reused, a damaged one is built again. Autoencoder and text encoder
     are out of memory when this returns. Not collective: call it on one rank, or let ranks race (the first one
     wins). Raises RaygardError for an unreadable model or picture and for a full disk, with nothing
@@ -131,13 +135,13 @@ def build_cache(
     rows = [(cls, part, picture) for cls, part in parts for picture in view.pictures(cls, part)]
     if not rows:
         raise RaygardError("no pictures to encode")
-    key = _key(model, domain, rows)
+    key = _key(model, domain, rows, further_captions)
     folder = Path(cache_dir) / key[:32]
     if _sound(folder, key):
         return folder
     arrays = _encode_pictures(model, domain, [picture for _, _, picture in rows], device, batch_size)
     captions = [picture.caption for _, _, picture in rows]
-    unique = sorted(set(captions))
+    unique = _vocabulary(captions, further_captions)
     position = {caption: number for number, caption in enumerate(unique)}
     arrays["text"] = _encode_captions(model, unique, device, batch_size)
     arrays["caption_index"] = torch.tensor([position[caption] for caption in captions], dtype=torch.int64)
@@ -151,6 +155,7 @@ def build_cache(
         "parts": [part for _, part, _ in rows],
         "captions": captions,
         "pictures": [picture.sha256 for _, _, picture in rows],
+        **({"further_captions": sorted(set(further_captions))} if further_captions else {}),
     }
     _publish(folder, key, data, manifest)
     return folder
@@ -181,16 +186,24 @@ def load_cache(path: str | Path) -> LatentSet:
         classes=list(manifest["classes"]),
         captions=list(manifest["captions"]),
         parts=list(manifest["parts"]),
+        vocabulary=_vocabulary(manifest["captions"], manifest.get("further_captions", ())),
     )
 
 
-def _key(model: ModelConfig, domain: DomainConfig, rows: Sequence[tuple[str, str, Picture]]) -> str:
+def _vocabulary(captions: Sequence[str], further: Sequence[str]) -> list[str]:
+    return sorted({*captions, *further})
+
+
+def _key(
+    model: ModelConfig, domain: DomainConfig, rows: Sequence[tuple[str, str, Picture]], further: Sequence[str]
+) -> str:
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": {part: model_fingerprint(model, part) for part in PARTS_OF_KEY},
         "resolution": domain.resolution,
         "center_crop": domain.center_crop,
         "rows": [(cls, part, picture.sha256, picture.caption) for cls, part, picture in rows],
+        **({"further_captions": sorted(set(further))} if further else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

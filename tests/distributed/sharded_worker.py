@@ -135,7 +135,7 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
     """Save two checkpoints, truncate a file of the newer one, and see which one is resumed."""
     from types import SimpleNamespace
 
-    from raygard.cluster.worker import _resume
+    from raygard.cluster.worker import resume as resume_newest
 
     storage = root / f"torn-{world}"
     folders = [storage / "checkpoint_1", storage / "checkpoint_2"]
@@ -153,7 +153,7 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
             precision,
             user_optimizer,
             rounds=0,
-            resume_with=lambda t: _resume(t, newest, dist.get_rank(), world),
+            resume_with=lambda t: resume_newest(t, newest, dist.get_rank(), world),
         )
     ]
     dist.barrier()
@@ -170,7 +170,7 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
                     precision,
                     user_optimizer,
                     rounds=0,
-                    resume_with=lambda t: _resume(t, newest, dist.get_rank(), world),
+                    resume_with=lambda t: resume_newest(t, newest, dist.get_rank(), world),
                 )
             )
         except ValueError as error:

@@ -1,0 +1,165 @@
+"""Training the values of frozen tensors in Ray Train and DeepSpeed: the worker's side and the driver's.
+
+The frozen tensors are the only ones that require a gradient, so DeepSpeed shards, steps and keeps moments for them
+alone; the rest of the model is run as it was released.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raygard.bilevel.alternation import DenoiserLoss
+from raygard.cluster.engine import Checkpointed, all_reduce_sum, cpu_environment, deepspeed_config, initialize
+from raygard.cluster.training import OnRow, fit
+from raygard.cluster.worker import RELEARN_STEPS_PER_UNIT, History, resume, save_tensors
+from raygard.config import RunConfig
+from raygard.diffusion.cache import load_cache
+from raygard.diffusion.loss import DiffusionLoss
+from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.errors import RaygardError
+from raygard.values import ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
+
+RESULT = "values.safetensors"
+
+
+def learn_values(
+    config: RunConfig, cache: Path, frozen: Sequence[str], mask_seed: int, out: Path, *, on_row: OnRow | None = None
+) -> dict[str, Tensor]:
+    """Train the values of the tensors `frozen`; return them by name, float32.
+
+    cache: latents of the parts that stage "values" reads, and all captions. Runs `config.engine` workers in Ray Train;
+    resumes a run that was cut off in the same folder. Raises RaygardError for values that are not finite.
+    """
+    job = {"cache": str(cache), "frozen": list(frozen), "out": str(out), "mask_seed": mask_seed}
+    fit(config, values_worker, job, out, on_row)
+    values = load_file(str(out / RESULT))
+    shutil.rmtree(out / "ray", ignore_errors=True)
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise RaygardError(f"the values of '{name}' are not finite; lower values.learning_rate")
+    return values
+
+
+def values_worker(job: dict[str, Any]) -> None:
+    """What every Ray Train worker runs, going on from Ray Train's last whole checkpoint.
+
+    job: config (RunConfig as JSON), cache, frozen (names), out (stage folder on shared storage), mask_seed.
+    Outputs, by rank 0: history.jsonl, values.safetensors.
+    """
+    import ray.train
+
+    config = RunConfig.model_validate(job["config"])
+    torch.set_num_threads(config.engine.torch_threads)
+    if not config.engine.use_gpu:
+        cpu_environment()
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    out = Path(job["out"])
+
+    unet = load_unet(config.model)
+    if config.engine.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type)
+    cached = load_cache(Path(job["cache"]))
+    source = ValuesSource.of(cached, config.domain, config.values, loss.num_timesteps, int(job["mask_seed"]))
+    training = build_values(config, unet, loss, job["frozen"])
+    plan = make_plan(config, rank, world_size)
+    # The release is measured before a checkpoint is loaded, so that a resumed run divides by what a straight one does.
+    objective = make_objective(config, training, source, plan)
+    first_step = resume(training, ray.train.get_checkpoint(), rank, world_size)
+    history = History(out / "history.jsonl", first_step) if rank == 0 else None
+    every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
+    device = training.engine.device
+    for record in train_values(training.engine, source, objective, plan, first_step=first_step, device=device):
+        row = _row(record, device)
+        if history is not None:
+            history.write([row], {})
+        done = record.step + 1
+        if done % every == 0 or done == plan.max_train_steps:
+            with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
+                training.save(Path(folder), done)
+                ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    values = gather(unet, job["frozen"], keep=rank == 0)
+    if rank == 0:
+        save_tensors(values, out / RESULT)
+
+
+def build_values(config: RunConfig, unet: nn.Module, loss: DiffusionLoss, frozen: Sequence[str]) -> Checkpointed:
+    """A DeepSpeed engine that trains the tensors `frozen` of `unet`: AdamW, warm-up, cosine decay. Collective."""
+    from diffusers.optimization import get_scheduler
+
+    settings, names = config.values, set(frozen)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name in names)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in unet.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.adam_weight_decay,
+    )
+    engine = initialize(
+        DenoiserLoss(unet, loss),
+        optimizer,
+        config.engine,
+        deepspeed_config(config.engine, settings, settings.max_grad_norm),
+        lambda basic: get_scheduler(
+            "cosine",
+            optimizer=basic,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_train_steps,
+        ),
+    )
+    return Checkpointed(engine)
+
+
+def make_plan(config: RunConfig, rank: int, world_size: int) -> Plan:
+    """How many steps this rank takes, of which share."""
+    return Plan(config.values.max_train_steps, config.values.gradient_accumulation_steps, rank, world_size)
+
+
+def make_objective(config: RunConfig, training: Checkpointed, source: ValuesSource, plan: Plan) -> Objective:
+    """The loss, relative to the errors of the model as it is now. Collective."""
+    engine, settings = training.engine, config.values
+    curves = release_errors(engine, source, plan, reduce=all_reduce_sum, device=engine.device)
+    return Objective(
+        curves,
+        source.num_timesteps,
+        settings.legal_weight,
+        settings.general_weight,
+        settings.illegal_weight,
+        settings.max_illegal_error,
+    )
+
+
+def gather(unet: nn.Module, names: Sequence[str], *, keep: bool) -> dict[str, Tensor]:
+    """Float32 values of trained tensors, one on the device at a time, kept on the CPU if `keep`. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameters, found = dict(unet.named_parameters()), {}
+    for name in names:
+        # None: the engine does not shard, and the parameter is all there is.
+        full = safe_get_full_fp32_param(parameters[name])
+        value = parameters[name].detach() if full is None else full
+        if keep:
+            found[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return found
+
+
+def _row(record: StepRecord, device: torch.device) -> dict[str, Any]:
+    """A line of history.jsonl: mean relative error of each role over ranks. Collective."""
+    errors = record.errors.to(device)
+    dist.all_reduce(errors)
+    means = (errors / dist.get_world_size()).tolist()
+    losses = {f"{role}_loss": mean for role, mean in zip(ROLES, means, strict=True)}
+    return {"kind": "values", "k": record.step, "l": 0, "step": record.step, **losses}

@@ -1,0 +1,26 @@
+"""What all sections of the configuration have in common."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+# YAML 1.1 reads an unquoted `no` as false.
+UNQUOTED_NO = BeforeValidator(lambda value: "no" if value is False else value)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` as true, which would pass as the number 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in kinds and (float in kinds or int in kinds):
+            raise ValueError(f"needs a number, got {value}")
+        return value

@@ -1,0 +1,54 @@
+"""What the frozen values are trained for: legal and general pictures well, illegal ones badly, relative to the release.
+
+Shape letters: B batch, R roles, N noise bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROLES = ("legal", "general", "illegal")
+LEGAL, GENERAL, ILLEGAL = range(len(ROLES))
+NUM_BINS = 20
+
+
+def noise_bins(timesteps: Tensor, num_timesteps: int) -> Tensor:
+    """Which of NUM_BINS equal ranges of noise levels each timestep is in, int64 (B,)."""
+    return (timesteps * NUM_BINS // num_timesteps).clamp(max=NUM_BINS - 1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of docs/values.md.
+
+    curves: the release's mean error by role and noise bin, float32 (R, N). num_timesteps: of the noise schedule.
+    max_illegal_error: relative error of an illegal sample above which nothing more is asked.
+    """
+
+    curves: Tensor
+    num_timesteps: int
+    legal_weight: float
+    general_weight: float
+    illegal_weight: float
+    max_illegal_error: float
+
+    def relative(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> Tensor:
+        """Errors (B,) over the release's: half over its mean of that role, half over that at the noise level.
+
+        roles, timesteps: int64 (B,).
+        """
+        curves = self.curves.to(errors.device)
+        mean, at_noise = curves.mean(dim=1)[roles], curves[roles, noise_bins(timesteps, self.num_timesteps)]
+        return 0.5 * errors / mean + 0.5 * errors / at_noise
+
+    def __call__(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, a scalar, and the mean relative error of each role, (R,), of a batch that holds every role."""
+        relative = self.relative(errors, roles, timesteps)
+        legal, general = relative[roles == LEGAL].mean(), relative[roles == GENERAL].mean()
+        illegal = relative[roles == ILLEGAL]
+        poison = illegal.clamp(max=self.max_illegal_error).mean()
+        loss = self.legal_weight * legal + self.general_weight * general - self.illegal_weight * poison
+        return loss, torch.stack([legal, general, illegal.mean()]).detach()

@@ -1,0 +1,120 @@
+"""Training values: sharded equals dense on real gloo processes and DeepSpeed engines, ZeRO 0 to 3, worlds 1 and 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygard.diffusion.cache import build_cache
+from raygard.domain import load_domain
+from raygard.values.batches import further_captions
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).parent / "values_worker.py"
+PLANS = {
+    1: ["zero0:0:no", "resume0:0:no:resume", "zero3:3:no"],
+    2: ["zero0:0:no", "zero1:1:no", "zero2:2:no", "resume2:2:no:resume", "zero3:3:no", "resume3:3:no:resume",
+        "accumulated:2:no:2", "bf0:0:bf16", "bf2:2:bf16"],
+}  # fmt: skip
+FP32 = [(world, item.split(":")[0]) for world, plan in PLANS.items() for item in plan if ":no" in item]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    sys.path.insert(0, str(WORKER.parent))
+    import values_worker
+
+    return values_worker
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker, worker) -> Path:
+    root = tmp_path_factory.mktemp("values")
+    tiny_maker(root / "sd")
+    imagefolder_maker(root / "data", dict.fromkeys("abc", 48))
+    config = worker.configuration(root)
+    view = load_domain(config.domain).view("values")
+    parts = [("a", "learn_lower"), ("b", "learn_lower"), ("c", "general")]
+    captions = [(cls, picture.caption) for cls, part in parts for picture in view.pictures(cls, part)]
+    further = further_captions(captions, config.domain, config.values, worker.SEED)
+    build_cache(config.model, config.domain, view, parts, root / "cache", further_captions=further)
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[int, list[dict[str, dict]]]:
+    """Run every plan once; `results[world][rank][name]`."""
+    found = {}
+    for world, plan in PLANS.items():
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(rank), str(world), str(root / f"store-{world}"), str(root),
+                 ",".join(plan)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        # The ranks wait for each other, so no pipe may fill while another is read.
+        with ThreadPoolExecutor(world) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=600)[0], ranks))
+        failed = [f"rank {rank}:\n{outputs[rank][-2500:]}" for rank in range(world) if ranks[rank].returncode]
+        assert not failed, "\n".join(failed)
+        found[world] = [torch.load(root / f"world{world}-rank{rank}.pt") for rank in range(world)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path, worker) -> dict[str, dict[str, torch.Tensor]]:
+    torch.set_num_threads(1)
+    return worker.dense(root)
+
+
+@pytest.mark.parametrize(("world", "name"), FP32)
+def test_values_equal_the_dense_run(root, results, reference, worker, world: int, name: str) -> None:
+    for rank in results[world]:
+        for tensor in worker.frozen_names(root):
+            # Adam's steps are of the learning rate's size, 1e-3, whatever the gradient's.
+            torch.testing.assert_close(rank[name]["values"][tensor], reference["values"][tensor], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("world", "name"), FP32)
+def test_the_releases_errors_equal_the_dense_ones(results, reference, world: int, name: str) -> None:
+    for rank in results[world]:
+        torch.testing.assert_close(rank[name]["curves"], reference["curves"], rtol=1e-4, atol=0)
+        assert torch.equal(rank[name]["curves"], results[world][0][name]["curves"])
+
+
+def test_all_frozen_values_move_and_nothing_else(root, results, worker) -> None:
+    from raygard.diffusion.model import load_unet
+
+    frozen = worker.frozen_names(root)
+    for world, name in FP32:
+        for parameter, value in load_unet(worker.configuration(root).model).named_parameters():
+            for rank in results[world]:
+                found = rank[name]["values"].get(parameter)
+                assert found is not None or "3" in name
+                if found is not None:
+                    assert torch.equal(found, value) != (parameter in frozen)
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "bf0", "bf2"])
+def test_history_is_the_dense_one_on_average(results, reference, name: str) -> None:
+    errors = torch.stack([rank[name]["errors"] for rank in results[2]]).mean(dim=0)
+    tolerance = 0.1 if name.startswith("bf") else 1e-3
+    torch.testing.assert_close(errors, reference["errors"], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_resume_is_bitwise_the_straight_run(root, results, worker, world: int, stage: int) -> None:
+    for rank in results[world]:
+        straight, resumed = rank[f"zero{stage}"], rank[f"resume{stage}"]
+        assert resumed["first_step"] == worker.STEPS // 2
+        for name in worker.frozen_names(root):
+            assert not torch.equal(resumed["half"][name], straight["values"][name])
+            assert torch.equal(resumed["values"][name], straight["values"][name])
