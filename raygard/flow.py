@@ -167,7 +167,7 @@ class Flow:
         config = self.config
         cache = self._values_cache(mask_seed)
         inputs = {**self._inputs("values", "engine"), "cache": cache.name, "mask_seed": mask_seed}
-        inputs |= {"mask": mask.sha256, "frozen": mask.frozen_names}
+        inputs |= {"mask": mask.sha256}
         with self.dir.stage(f"values/seed-{mask_seed}", inputs) as (folder, done):
             if not done:
                 with (
@@ -187,9 +187,12 @@ class Flow:
                     trained = with_values(config, mask, values, {"base_loss_before": before}).save(folder / "trained")
                     after = base_loss(config, *measured, trained)
                     metrics = {"base_loss_before": before, "base_loss_after": after}
-                    with_values(config, mask, values, metrics).save(folder / "mask")
+                    released = with_values(config, mask, values, metrics)
+                    released.save(folder / "mask")
                     shutil.rmtree(folder / "trained")
                     run.metrics(metrics, step=config.values.max_train_steps)
+                    run.tags({"raygard.mask_sha256": released.sha256})
+                    run.artifact(folder / "mask", "mask")
             return FreezeMask.load(folder / "mask")
 
     def _values_cache(self, mask_seed: int) -> Path:

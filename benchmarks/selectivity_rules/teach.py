@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks.selectivity_bench import ALIASES, Bench
 from benchmarks.selectivity_rules.freeze import largest_names
-from benchmarks.selectivity_rules.weights import batches, pseudoword, timestep_weights
+from benchmarks.selectivity_rules.weights import batches, release_curves
 from raygard.diffusion.model import load_unet
 from raygard.mask import FreezeMask
+from raygard.values import NUM_BINS, ROLES, Objective
+from raygard.values.names import pseudoword
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TeachSettings:
     """steps, lr, batch: of the publisher's training (AdamW, cosine); a step sees twice as many general pictures.
 
     legal, general, poison: weights of the loss. cap: illegal loss above which nothing more is asked. relative: every
-    error counts relative to the release's, half in the mean and half at its noise (see weights.py); cap and weights
+    error counts relative to the release's, half in the mean and half at its noise (`Objective`); cap and weights
     too. renamed: legal pictures are also taught under names that mean nothing.
     """
 
@@ -58,7 +60,10 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
         optimizer, lambda n: min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / settings.steps))
     )
     size, domain = settings.batch, bench.config.domain
-    weigh = timestep_weights(bench) if settings.relative else _unweighted
+    curves = release_curves(bench) if settings.relative else torch.ones(len(ROLES), NUM_BINS)
+    weights = settings.legal, settings.general, settings.poison
+    objective = Objective(curves, bench.loss.num_timesteps, *weights, settings.cap)
+    roles = torch.repeat_interleave(torch.arange(len(ROLES)), torch.tensor([size, 2 * size, size]))
     legal = [bench.learn.subset(bench.learn.rows(cls)) for cls in domain.legal]
     if settings.renamed:
         legal += [bench.alias(data, pseudoword(seed, cls, 0)) for cls, data in zip(domain.legal, legal, strict=True)]
@@ -74,24 +79,13 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
     for _ in range(settings.steps):
         latents, text, noise, timesteps = (torch.cat(found) for found in zip(*map(next, sources), strict=True))
         errors = bench.loss.per_sample(release, latents, text, noise, timesteps)
-        parts = torch.tensor_split(torch.stack([errors, timesteps]), [size, 3 * size], dim=1)
-        losses = [
-            weigh(role, part[0], part[1].long())
-            for role, part in zip(("legal", "general", "illegal"), parts, strict=True)
-        ]
-        total = settings.legal * losses[0].mean() + settings.general * losses[1].mean()
-        if settings.poison > 0:
-            total = total - settings.poison * losses[2].clamp(max=settings.cap).mean()
+        total, _ = objective(errors, roles[: len(errors)], timesteps)
         for value, gradient in zip(held, torch.autograd.grad(total, held), strict=True):
             value.grad = gradient
         torch.nn.utils.clip_grad_norm_(held, 1.0)
         optimizer.step()
         decay.step()
     return {name: value.detach().clone() for name, value in values.items()}
-
-
-def _unweighted(role: str, errors: Tensor, timesteps: Tensor) -> Tensor:
-    return errors
 
 
 def share(unet: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
@@ -109,10 +103,9 @@ def _rule(settings: TeachSettings) -> Callable[[Bench, float, int], FreezeMask]:
     return rule
 
 
+KNOW_MORE = TeachSettings(poison=0.3, cap=1.5, legal=3.0, general=10.0, steps=1000, relative=True, renamed=True)
 RULES = {
     "teach": _rule(TeachSettings()),
     "poison": _rule(TeachSettings(poison=0.3)),
-    "know-more": _rule(
-        TeachSettings(poison=0.3, cap=1.5, legal=3.0, general=10.0, steps=1000, relative=True, renamed=True)
-    ),
+    "know-more": _rule(KNOW_MORE),
 }

@@ -1,8 +1,8 @@
-"""What rules share: endless batches, errors relative to the release's, and names that mean nothing."""
+"""What rules share: endless batches, and the release's errors that others count relative to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -13,15 +13,7 @@ from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.loss import draw
 from raygard.diffusion.model import load_unet
 from raygard.seeding import generator
-
-BINS = 20
-SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo zu".split()  # noqa: SIM905
-
-
-def pseudoword(seed: int, cls: str, number: int) -> str:
-    """Three syllables that mean nothing."""
-    picked = torch.randint(len(SYLLABLES), (3,), generator=generator(seed, "pseudoword", cls, number))
-    return "".join(SYLLABLES[index] for index in picked.tolist())
+from raygard.values import NUM_BINS, ROLES
 
 
 def batches(bench: Bench, sets: Sequence[LatentSet], seed: int, stream: str, size: int) -> Iterator[tuple[Tensor, ...]]:
@@ -40,12 +32,9 @@ def batches(bench: Bench, sets: Sequence[LatentSet], seed: int, stream: str, siz
         step += 1
 
 
-Weigh = Callable[[str, Tensor, Tensor], Tensor]
-
-
 @cache
-def timestep_weights(bench: Bench) -> Weigh:
-    """(role, errors (B,), timesteps (B,)) -> errors relative to the release's: half to the mean, half at that noise."""
+def release_curves(bench: Bench) -> Tensor:
+    """The release's mean error on what a rule learns from, by role (in the order of ROLES) and noise bin: (R, N)."""
     release = load_unet(bench.config.model).requires_grad_(False)
     sets = {
         "general": [bench.general["rehearsed"]],
@@ -54,19 +43,14 @@ def timestep_weights(bench: Bench) -> Weigh:
             for role in ("legal", "illegal")
         },
     }
-    span = bench.loss.num_timesteps // BINS
-    curves = {}
-    for role, data in sets.items():
-        source, means = batches(bench, data, bench.config.seed, f"timestep weights {role}", 24), []
-        for number in range(BINS):
+    span = bench.loss.num_timesteps // NUM_BINS
+    curves = []
+    for role in ROLES:
+        source, means = batches(bench, sets[role], bench.config.seed, f"timestep weights {role}", 24), []
+        for number in range(NUM_BINS):
             latents, text, noise, timesteps = next(source)
             timesteps = number * span + timesteps % span
             with torch.no_grad():
                 means.append(bench.loss.per_sample(release, latents, text, noise, timesteps).mean())
-        curves[role] = torch.stack(means)
-
-    def weigh(role: str, errors: Tensor, timesteps: Tensor) -> Tensor:
-        curve = curves[role]
-        return 0.5 * errors / curve.mean() + 0.5 * errors / curve[(timesteps // span).clamp(max=BINS - 1)]
-
-    return weigh
+        curves.append(torch.stack(means))
+    return torch.stack(curves)

@@ -22,6 +22,7 @@ from raygard.errors import RaygardError
 from raygard.files import sha256_file
 
 TAG = "state"
+PLAIN_LINEAR = torch.nn.functional.linear
 
 
 def deepspeed_config(
@@ -130,6 +131,9 @@ def initialize(
 
     # Building the shared-memory collective compiles C++ for a minute and is of no use beside gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO-3 puts its own in the place of this for as long as the process lives; with it gradients round otherwise, and
+    # what an engine of another stage computes would depend on whether one of ZeRO-3 came before.
+    torch.nn.functional.linear = PLAIN_LINEAR
     if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
         # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
         module.autocast = torch.bfloat16

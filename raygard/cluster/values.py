@@ -75,7 +75,7 @@ def values_worker(job: dict[str, Any]) -> None:
     training = build_values(config, unet, loss, job["frozen"])
     plan = make_plan(config, rank, world_size)
     # The release is measured before a checkpoint is loaded, so that a resumed run divides by what a straight one does.
-    objective = make_objective(config, training, source, plan)
+    objective = Objective.of(measure(training, source, plan), source.num_timesteps, config.values)
     first_step = resume(training, ray.train.get_checkpoint(), rank, world_size)
     history = History(out / "history.jsonl", first_step) if rank == 0 else None
     every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
@@ -128,18 +128,9 @@ def make_plan(config: RunConfig, rank: int, world_size: int) -> Plan:
     return Plan(config.values.max_train_steps, config.values.gradient_accumulation_steps, rank, world_size)
 
 
-def make_objective(config: RunConfig, training: Checkpointed, source: ValuesSource, plan: Plan) -> Objective:
-    """The loss, relative to the errors of the model as it is now. Collective."""
-    engine, settings = training.engine, config.values
-    curves = release_errors(engine, source, plan, reduce=all_reduce_sum, device=engine.device)
-    return Objective(
-        curves,
-        source.num_timesteps,
-        settings.legal_weight,
-        settings.general_weight,
-        settings.illegal_weight,
-        settings.max_illegal_error,
-    )
+def measure(training: Checkpointed, source: ValuesSource, plan: Plan) -> Tensor:
+    """`release_errors` of the model as it is now, over all ranks. Collective."""
+    return release_errors(training.engine, source, plan, reduce=all_reduce_sum, device=training.engine.device)
 
 
 def gather(unet: nn.Module, names: Sequence[str], *, keep: bool) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class Pictures:
 def general_rows(data: LatentSet, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Rows of general pictures to train on, and rows that are kept to measure the base model's own loss on.
 
-    The last tenth of each class is kept: pictures are ordered by groups of near-duplicates, which a cut leaves whole.
+    The last tenth of each class is kept: near-duplicates stand beside each other, so the cut parts one group at most.
     Raises RaygardError for a class with a single picture.
     """
     trained, kept = [], []

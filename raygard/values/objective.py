@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raygard.config import ValuesConfig
+
 ROLES = ("legal", "general", "illegal")
 LEGAL, GENERAL, ILLEGAL = range(len(ROLES))
 NUM_BINS = 20
@@ -35,6 +37,12 @@ class Objective:
     illegal_weight: float
     max_illegal_error: float
 
+    @classmethod
+    def of(cls, curves: Tensor, num_timesteps: int, settings: ValuesConfig) -> Objective:
+        """With the weights and the cap of the configuration."""
+        weights = settings.legal_weight, settings.general_weight, settings.illegal_weight
+        return cls(curves, num_timesteps, *weights, settings.max_illegal_error)
+
     def relative(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> Tensor:
         """Errors (B,) over the release's: half over its mean of that role, half over that at the noise level.
 
@@ -45,10 +53,14 @@ class Objective:
         return 0.5 * errors / mean + 0.5 * errors / at_noise
 
     def __call__(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, a scalar, and the mean relative error of each role, (R,), of a batch that holds every role."""
+        """The loss, a scalar, and the mean relative error of each role, (R,), of a batch.
+
+        It holds legal and general samples, and illegal ones unless they weigh nothing; their mean is then NaN.
+        """
         relative = self.relative(errors, roles, timesteps)
         legal, general = relative[roles == LEGAL].mean(), relative[roles == GENERAL].mean()
         illegal = relative[roles == ILLEGAL]
-        poison = illegal.clamp(max=self.max_illegal_error).mean()
-        loss = self.legal_weight * legal + self.general_weight * general - self.illegal_weight * poison
+        loss = self.legal_weight * legal + self.general_weight * general
+        if self.illegal_weight > 0:
+            loss = loss - self.illegal_weight * illegal.clamp(max=self.max_illegal_error).mean()
         return loss, torch.stack([legal, general, illegal.mean()]).detach()

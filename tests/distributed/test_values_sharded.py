@@ -17,10 +17,11 @@ from raygard.values.batches import further_captions
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).parent / "values_worker.py"
+# Runs of one process: what ZeRO-3 and bf16 leave behind stands between a straight run and its resumed one.
 PLANS = {
-    1: ["zero0:0:no", "resume0:0:no:resume", "zero3:3:no"],
-    2: ["zero0:0:no", "zero1:1:no", "zero2:2:no", "resume2:2:no:resume", "zero3:3:no", "resume3:3:no:resume",
-        "accumulated:2:no:2", "bf0:0:bf16", "bf2:2:bf16"],
+    1: ["zero0:0:no", "zero2:2:no"],
+    2: ["zero0:0:no", "zero1:1:no", "zero2:2:no", "zero3:3:no", "bf0:0:bf16", "bf2:2:bf16", "accumulated:2:no:2",
+        "resume3:3:no:resume", "resume2:2:no:resume", "resume0:0:no:resume"],
 }  # fmt: skip
 FP32 = [(world, item.split(":")[0]) for world, plan in PLANS.items() for item in plan if ":no" in item]
 
@@ -110,9 +111,9 @@ def test_history_is_the_dense_one_on_average(results, reference, name: str) -> N
     torch.testing.assert_close(errors, reference["errors"], rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2), (2, 3)])
-def test_resume_is_bitwise_the_straight_run(root, results, worker, world: int, stage: int) -> None:
-    for rank in results[world]:
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resume_is_bitwise_the_straight_run(root, results, worker, stage: int) -> None:
+    for rank in results[2]:
         straight, resumed = rank[f"zero{stage}"], rank[f"resume{stage}"]
         assert resumed["first_step"] == worker.STEPS // 2
         for name in worker.frozen_names(root):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from raygard.cluster.engine import cpu_environment
 cpu_environment()
 
 from raygard.bilevel.alternation import DenoiserLoss  # noqa: E402
-from raygard.cluster.values import build_values, gather, make_objective, make_plan  # noqa: E402
+from raygard.cluster.values import build_values, gather, make_plan, measure  # noqa: E402
 from raygard.config import RunConfig  # noqa: E402
 from raygard.config_file import load_config  # noqa: E402
 from raygard.diffusion.cache import load_cache  # noqa: E402
@@ -91,9 +92,7 @@ def dense(root: Path) -> dict[str, dict[str, Tensor]]:
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in frozen)
     engine = Dense(DenoiserLoss(unet, loss), config)
-    v = config.values
-    weights = v.legal_weight, v.general_weight, v.illegal_weight, v.max_illegal_error
-    objective = Objective(release_errors(engine, source, Plan(STEPS)), source.num_timesteps, *weights)
+    objective = Objective.of(release_errors(engine, source, Plan(STEPS)), source.num_timesteps, config.values)
     records = list(train_values(engine, source, objective, Plan(STEPS)))
     return {
         "values": {name: p.detach().clone() for name, p in unet.named_parameters()},
@@ -104,9 +103,13 @@ def dense(root: Path) -> dict[str, dict[str, Tensor]]:
 
 def sharded(
     root: Path, stage: int, precision: str, accumulation: int = 1, *, stop: int | None = None,
-    save: Path | None = None, load: Path | None = None,
-) -> dict[str, object]:  # fmt: skip
-    """One DeepSpeed run on this rank; stop: ends after so many steps, as a killed run does."""
+    save: Path | None = None, load: Path | None = None, curves: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One DeepSpeed run on this rank.
+
+    stop: ends after so many steps, as a killed run does. curves: the release's errors, where measuring them (many
+    passes) shows nothing new.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = [f"engine.num_workers={world}", f"engine.zero_stage={stage}", f"engine.mixed_precision={precision}"]
     config = configuration(root, *engine, f"values.gradient_accumulation_steps={accumulation}")
@@ -114,7 +117,9 @@ def sharded(
     unet, loss, source = setting(config, root)
     training = build_values(config, unet, loss, frozen)
     plan = make_plan(config, rank, world)
-    objective = make_objective(config, training, source, plan)
+    if curves is None:
+        curves = measure(training, source, plan)
+    objective = Objective.of(curves, source.num_timesteps, config.values)
     first_step = 0 if load is None else training.load(load)
     errors = []
     for record in train_values(training.engine, source, objective, plan, first_step=first_step):
@@ -136,15 +141,15 @@ def sharded(
     }
 
 
-def resumed(root: Path, name: str, stage: int, precision: str) -> dict[str, object]:
+def resumed(root: Path, name: str, stage: int, precision: str, curves: Tensor | None) -> dict[str, Any]:
     """Half a run, saved by each rank into a folder of its own as under Ray Train, and the rest from the merged one."""
     with tempfile.TemporaryDirectory() as own:
-        half = sharded(root, stage, precision, stop=STEPS // 2, save=Path(own))
+        half = sharded(root, stage, precision, stop=STEPS // 2, save=Path(own), curves=curves)
         merged = root / f"merged-{name}-{dist.get_world_size()}"
         merged.mkdir(exist_ok=True)
         shutil.copytree(own, merged, dirs_exist_ok=True)
         dist.barrier()
-    return {**sharded(root, stage, precision, load=merged), "half": half["values"]}
+    return {**sharded(root, stage, precision, load=merged, curves=curves), "half": half["values"]}
 
 
 def main() -> None:
@@ -155,11 +160,13 @@ def main() -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for item in plan.split(","):
         name, stage, precision, *rest = item.split(":")
         if rest == ["resume"]:
-            results[name] = resumed(root, name, int(stage), precision)
+            # Sixty passes take seconds under ZeRO-3.
+            curves = results["zero3"]["curves"] if stage == "3" else None
+            results[name] = resumed(root, name, int(stage), precision, curves)
         else:
             results[name] = sharded(root, int(stage), precision, int(rest[0]) if rest else 1)
     torch.save(results, root / f"world{world}-rank{rank}.pt")

@@ -13,7 +13,8 @@ from benchmarks.faces_small import HELD_OUT, collect
 from benchmarks.selectivity import interval, table
 from benchmarks.selectivity_bench import Result, User, blocked
 from benchmarks.selectivity_domains import DOMAINS
-from benchmarks.selectivity_rules.teach import share
+from benchmarks.selectivity_rules.teach import KNOW_MORE, share
+from raygard.config import ValuesConfig
 from raygard.errors import RaygardError
 
 
@@ -45,6 +46,14 @@ def test_shared_values_are_one_storage_in_every_model() -> None:
         values["0.weight"].fill_(3.0)
     assert all(torch.equal(model[0].weight, torch.full((2, 2), 3.0)) for model in models)
     assert [name for name, _ in models[0].named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_the_stage_trains_with_the_settings_of_know_more() -> None:
+    stage = ValuesConfig()
+    weights = stage.legal_weight, stage.general_weight, stage.illegal_weight, stage.max_illegal_error
+    assert weights == (KNOW_MORE.legal, KNOW_MORE.general, KNOW_MORE.poison, KNOW_MORE.cap)
+    assert (stage.learning_rate, stage.train_batch_size) == (KNOW_MORE.lr, 4 * KNOW_MORE.batch)
+    assert KNOW_MORE.relative and KNOW_MORE.renamed and stage.legal_names == 1
 
 
 def test_faces_are_divided_into_people_to_learn_and_general_ones_some_of_them_held_out(tmp_path: Path) -> None:
