@@ -222,13 +222,19 @@ def learn(
         "ratio_by_params": mask.ratio_by_params,
         "sha256": mask.sha256,
     }
+    if mask.values:
+        facts |= {key: mask.metrics[key] for key in ("base_loss_before", "base_loss_after")}
     if as_json:
         print(json.dumps(facts))
     else:
         print(
             f"froze {facts['frozen_tensors']} of {facts['num_tensors']} tensors "
-            f"({mask.ratio_by_params:.1%} of the parameters)\nmask     {facts['mask']}"
+            f"({mask.ratio_by_params:.1%} of the parameters)"
         )
+        if mask.values:
+            before, after = facts["base_loss_before"], facts["base_loss_after"]
+            print(f"values   new ones in all of them; the base model's own loss {before:.4f} -> {after:.4f}")
+        print(f"mask     {facts['mask']}")
 
 
 @app.command()

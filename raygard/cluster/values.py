@@ -26,7 +26,7 @@ from raygard.diffusion.cache import load_cache
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
-from raygard.values import ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
+from raygard.values import NUM_BINS, ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
 
 RESULT = "values.safetensors"
 
@@ -128,9 +128,10 @@ def make_plan(config: RunConfig, rank: int, world_size: int) -> Plan:
     return Plan(config.values.max_train_steps, config.values.gradient_accumulation_steps, rank, world_size)
 
 
-def measure(training: Checkpointed, source: ValuesSource, plan: Plan) -> Tensor:
+def measure(training: Checkpointed, source: ValuesSource, plan: Plan, num_bins: int = NUM_BINS) -> Tensor:
     """`release_errors` of the model as it is now, over all ranks. Collective."""
-    return release_errors(training.engine, source, plan, reduce=all_reduce_sum, device=training.engine.device)
+    device = training.engine.device
+    return release_errors(training.engine, source, plan, num_bins=num_bins, reduce=all_reduce_sum, device=device)
 
 
 def gather(unet: nn.Module, names: Sequence[str], *, keep: bool) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from raygard.diffusion.loss import draw
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 from raygard.values.names import meaningless_captions
-from raygard.values.objective import GENERAL, ILLEGAL, LEGAL, NUM_BINS
+from raygard.values.objective import GENERAL, ILLEGAL, LEGAL
 
 # Share of the batch of each role, in quarters, in the order of ROLES.
 QUARTERS = (1, 2, 1)
@@ -116,13 +116,16 @@ class ValuesSource:
             dealt.append(self._batch(rows[index], texts[index], roles[index], "values", step, index))
         return dealt
 
-    def probe(self, role: int, noise_bin: int, slots: Tensor, num_slots: int) -> Batch:
-        """Pictures of one role under their own names, at timesteps of one noise bin: the given ones of `num_slots`."""
+    def probe(self, role: int, noise_bin: int, num_bins: int, slots: Tensor, num_slots: int) -> Batch:
+        """Pictures of one role under their own names, at timesteps of one of `num_bins` equal ranges of noise levels.
+
+        slots: which of `num_slots`, int64 (B,).
+        """
         stream = f"values probe {role}"
         rows, texts = self._choose(role, num_slots, stream, noise_bin, named=False)
         roles = torch.full((len(slots),), role)
         batch = self._batch(rows[slots], texts[slots], roles, stream, noise_bin, slots)
-        edges = [-(-number * self.num_timesteps // NUM_BINS) for number in (noise_bin, noise_bin + 1)]
+        edges = [-(-number * self.num_timesteps // num_bins) for number in (noise_bin, noise_bin + 1)]
         return batch._replace(timesteps=edges[0] + batch.timesteps % (edges[1] - edges[0]))
 
     def _choose(self, role: int, count: int, stream: str, step: int, named: bool = True) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ def release_errors(
     source: ValuesSource,
     plan: Plan,
     *,
+    num_bins: int = NUM_BINS,
     reduce: Callable[[Tensor], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -55,10 +56,10 @@ def release_errors(
     mine = torch.arange(plan.rank, SAMPLES_PER_BIN + plan.world_size, plan.world_size)
     mine = mine[: -(-SAMPLES_PER_BIN // plan.world_size)]
     counts = (mine < SAMPLES_PER_BIN).to(device, torch.float64)
-    sums = torch.zeros(len(ROLES), NUM_BINS, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(ROLES), num_bins, dtype=torch.float64, device=device)
     for role in range(len(ROLES)):
-        for number in range(NUM_BINS):
-            batch = source.probe(role, number, mine % SAMPLES_PER_BIN, SAMPLES_PER_BIN).to(device)
+        for number in range(num_bins):
+            batch = source.probe(role, number, num_bins, mine % SAMPLES_PER_BIN, SAMPLES_PER_BIN).to(device)
             errors = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
             sums[role, number] = (errors.double() * counts).sum()
     if reduce is not None:

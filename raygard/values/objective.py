@@ -17,9 +17,9 @@ LEGAL, GENERAL, ILLEGAL = range(len(ROLES))
 NUM_BINS = 20
 
 
-def noise_bins(timesteps: Tensor, num_timesteps: int) -> Tensor:
-    """Which of NUM_BINS equal ranges of noise levels each timestep is in, int64 (B,)."""
-    return (timesteps * NUM_BINS // num_timesteps).clamp(max=NUM_BINS - 1)
+def noise_bins(timesteps: Tensor, num_timesteps: int, num_bins: int) -> Tensor:
+    """Which of `num_bins` equal ranges of noise levels each timestep is in, int64 (B,)."""
+    return (timesteps * num_bins // num_timesteps).clamp(max=num_bins - 1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Objective:
         roles, timesteps: int64 (B,).
         """
         curves = self.curves.to(errors.device)
-        mean, at_noise = curves.mean(dim=1)[roles], curves[roles, noise_bins(timesteps, self.num_timesteps)]
+        bins = noise_bins(timesteps, self.num_timesteps, curves.shape[1])
+        mean, at_noise = curves.mean(dim=1)[roles], curves[roles, bins]
         return 0.5 * errors / mean + 0.5 * errors / at_noise
 
     def __call__(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

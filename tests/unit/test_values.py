@@ -217,7 +217,7 @@ def test_release_errors_are_one_on_average_and_shared_by_ranks(tiny_model) -> No
     for rank in range(5):
         release_errors(engine, dealer, Plan(1, 1, rank, 5), reduce=lambda sums: shares.append(sums.clone()))
     torch.testing.assert_close(sum(shares) / 24, whole.double(), rtol=1e-4, atol=0)
-    batch = dealer.probe(2, 7, torch.arange(24), 24)
+    batch = dealer.probe(2, 7, NUM_BINS, torch.arange(24), 24)
     assert ((batch.timesteps >= 350) & (batch.timesteps < 400)).all() and len(batch.timesteps.unique()) > 5
     assert engine(*batch[:4]).mean().item() == pytest.approx(float(whole[2, 7]), rel=1e-4)
 
