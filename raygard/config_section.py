@@ -24,3 +24,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in kinds and (float in kinds or int in kinds):
             raise ValueError(f"needs a number, got {value}")
         return value
+
+
+def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values themselves. Raises ValueError if one is repeated."""
+    repeated = [value for index, value in enumerate(values) if value in values[:index]]
+    if repeated:
+        raise ValueError(f"names {repeated[0]!r} twice; once is enough")
+    return values

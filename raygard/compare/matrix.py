@@ -1,0 +1,257 @@
+"""The matrix: every cell with its result, reason or absence; rows for matrix.csv, and one summary for each defence."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raygard.compare.plan import Cell, Variant, classes
+from raygard.compare.similarity import sgr, similarity
+from raygard.config import RunConfig
+from raygard.errors import RaygardError
+from raygard.outcome import BASE, NONE, ROLES, build_outcome
+
+DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
+COLUMNS = (
+    "adaptation", "method", "defence", "role", "class", "draw", "mask_seed", "seed", "scorer", "status", "reason", "n",
+    "distance", "d_base", "d_none", "blocked", "relative", "sgr", "undetected", "mean_detected", "freeze_ratio",
+    "param_share", "trainable_params", "trainable_share", "seconds_adapt", "seconds_generate", "seconds_score",
+    "peak_memory_bytes", "outside_mask", "store",
+)  # fmt: skip
+# What two runs of the same matrix need not have in common.
+COSTS = ("seconds_adapt", "seconds_generate", "seconds_score", "peak_memory_bytes")
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scorer's name, direction ("distance" or "similarity") and unit."""
+
+    name: str
+    direction: str
+    unit: str
+
+
+@dataclass
+class Matrix:
+    """All that is known of a comparison so far.
+
+    num_params: parameters of the denoiser. cells: every user of every adaptation, in order. lost: why a defence could
+    not be made. base_loss: held-out loss of the release of each defence on general classes. results: of
+    `run_jobs`, results and failures, by scorer and cell; base: those of the untouched release, by scorer and class.
+    """
+
+    config: RunConfig
+    variants: Sequence[Variant]
+    scales: Sequence[Scale]
+    num_params: int
+    cells: Sequence[Cell] = ()
+    lost: dict[str, str] = field(default_factory=dict)
+    base_loss: dict[str, float] = field(default_factory=dict)
+    results: dict[tuple[str, Cell], Result] = field(default_factory=dict)
+    base: dict[tuple[str, str], Result] = field(default_factory=dict)
+
+    def add(self, scorer: str, adaptation: str, result: Result) -> None:
+        """Take a result or failure of `run_jobs`."""
+        if result["defence"] == BASE:
+            self.base[scorer, result["class"]] = result
+            return
+        names = ("defence", "role", "class", "draw", "mask_seed", "seed")
+        self.results[scorer, Cell(adaptation, *(result[name] for name in names))] = result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row (COLUMNS) for each scorer and cell; what is not known or has no meaning is None."""
+        return [row for scale in self.scales for variant in self.variants for row in self._rows(scale, variant)]
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit",
+        "defences", "classes", "notes", "around", "reasons"}, and one entry of "defences" for each defence."""
+        return [self._summary(scale, variant) for scale in self.scales for variant in self.variants]
+
+    def _cells(self, variant: Variant) -> list[Cell]:
+        return [cell for cell in self.cells if cell.adaptation == variant.name]
+
+    def _state(self, scorer: str, cell: Cell) -> tuple[str, str, Result]:
+        """(status, reason, result) of a cell."""
+        if cell.defence in self.lost:
+            return FAILED, self.lost[cell.defence], {}
+        found = self.results.get((scorer, cell))
+        if found is None:
+            return UNFINISHED, "", {}
+        if found.get("failed"):
+            return FAILED, f"{found['stage']}: {found['reason']}", {}
+        return DONE, "", found
+
+    def _measured(self, scale: Scale, variant: Variant) -> list[Result]:
+        """Results of classes whose yardsticks are there, base results first."""
+        done = {
+            cell: found
+            for cell in self._cells(variant)
+            for status, _, found in [self._state(scale.name, cell)]
+            if status == DONE
+        }
+        known = {cell.cls for cell in done if cell.defence == NONE}
+        base = {cls: found for (scorer, cls), found in self.base.items() if scorer == scale.name}
+        known &= {cls for cls, found in base.items() if not found.get("failed")}
+        own = [{**found, "adaptation": variant.name} for cell, found in done.items() if cell.cls in known]
+        return [*(base[cls] for cls, _ in classes(self.config) if cls in known), *own]
+
+    def _outcome(self, scale: Scale, variant: Variant) -> dict[str, Any] | None:
+        """outcome.json's content of one adaptation under one scorer; None without any class that can be measured."""
+        measured = self._measured(scale, variant)
+        if not measured:
+            return None
+        evaluation = self.config.evaluation.model_copy(update={"scorer": scale.name})
+        config = self.config.model_copy(update={"evaluation": evaluation})
+        return build_outcome(measured, config, self.base_loss, direction=scale.direction)
+
+    def _rows(self, scale: Scale, variant: Variant) -> list[dict[str, Any]]:
+        yardsticks = self._yardsticks(scale, variant)
+        rows = []
+        for cell in self._cells(variant):
+            status, reason, found = self._state(scale.name, cell)
+            row: dict[str, Any] = dict.fromkeys(COLUMNS)
+            row |= {
+                "adaptation": variant.name,
+                "method": variant.config.method,
+                "defence": cell.defence,
+                "role": cell.role,
+                "class": cell.cls,
+                "draw": cell.draw,
+                "mask_seed": cell.mask_seed,
+                "seed": cell.seed,
+                "scorer": scale.name,
+                "status": status,
+                "reason": reason,
+            }
+            if status == DONE:
+                row |= self._numbers(found, variant)
+                row |= _against(found["distance"], yardsticks.get(cell.cls), scale)
+            rows.append(row)
+        return rows
+
+    def _yardsticks(self, scale: Scale, variant: Variant) -> dict[str, tuple[float, float]]:
+        """(d(base), d(none)) of every class that has both."""
+        measured = self._measured(scale, variant)
+        base = {found["class"]: found["distance"] for found in measured if found["defence"] == BASE}
+        none = {
+            cls: [found["distance"] for found in measured if (found["defence"], found["class"]) == (NONE, cls)]
+            for cls in base
+        }
+        return {cls: (base[cls], float(np.mean(none[cls]))) for cls in base}
+
+    def _numbers(self, found: Result, variant: Variant) -> dict[str, Any]:
+        same = ("n", "distance", "freeze_ratio", "param_share", "trainable_params", "store")
+        numbers = {name: found[name] for name in same}
+        numbers |= {name: found.get(name) for name in ("undetected", "mean_detected", "peak_memory_bytes")}
+        numbers |= {f"seconds_{kind}": found["seconds"].get(kind) for kind in ("adapt", "generate", "score")}
+        around = [*(variant.around if found["mask_sha256"] else ()), *found["outside_mask"]]
+        return numbers | {
+            "trainable_share": found["trainable_params"] / self.num_params,
+            "outside_mask": "; ".join(around),
+        }
+
+    def _summary(self, scale: Scale, variant: Variant) -> dict[str, Any]:
+        outcome = self._outcome(scale, variant)
+        rows = self._rows(scale, variant)
+        found = {entry["defence"]: entry for entry in outcome["summary"]} if outcome else {}
+        counted = {entry["class"] for entry in outcome["classes"] if entry["counted"]} if outcome else set()
+        defences = []
+        for name in dict.fromkeys(row["defence"] for row in rows):
+            own = [row for row in rows if row["defence"] == name]
+            defences.append({"defence": name, **_measures(found.get(name)), **_means(own, counted)})
+        notes = list(outcome["notes"]) if outcome else []
+        missing = [cls for cls, _ in classes(self.config) if cls not in self._yardsticks(scale, variant)]
+        if missing:
+            notes.append(
+                f"Without a result of the release itself or of users without a defence, nothing can be said of "
+                f"{', '.join(missing)}."
+            )
+        return {
+            "scorer": scale.name,
+            "direction": scale.direction,
+            "unit": scale.unit,
+            "adaptation": variant.name,
+            "method": variant.config.method,
+            "defences": defences,
+            "classes": outcome["classes"] if outcome else [],
+            "notes": notes,
+            "around": sorted({row["outside_mask"] for row in rows if row["outside_mask"]}),
+            "reasons": _reasons(rows),
+        }
+
+
+def _against(distance: float, yardsticks: tuple[float, float] | None, scale: Scale) -> dict[str, Any]:
+    """What a cell's distance says beside those of the release and of users without a defence."""
+    if yardsticks is None:
+        return {}
+    base, full = yardsticks
+    sign = 1.0 if scale.direction == "distance" else -1.0
+    found: dict[str, Any] = {
+        "d_base": base,
+        "d_none": full,
+        "blocked": (distance - full) / (base - full) if base != full else None,
+        "relative": sign * (distance / full - 1) if full else None,
+    }
+    undefended, defended = similarity(full, scale.unit), similarity(distance, scale.unit)
+    if undefended is not None and defended is not None:
+        try:
+            found["sgr"] = sgr(undefended, defended)
+        except RaygardError as error:
+            found["reason"] = str(error)
+    return found
+
+
+MEASURES = (
+    "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci", "relative_illegal", "relative_legal", "base_loss",
+    "worst_illegal", "worst_legal",
+)  # fmt: skip
+
+
+def _measures(entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: entry[name] if entry else None for name in MEASURES}
+
+
+def _means(rows: Sequence[Mapping[str, Any]], counted: set[str]) -> dict[str, Any]:
+    """Means over a defence's cells: of costs over all that are done, of SGR over the counted classes of each role."""
+    states = [row["status"] for row in rows]
+    found: dict[str, Any] = {status: states.count(status) for status in (DONE, FAILED, UNFINISHED)}
+    for name in ("freeze_ratio", "param_share", "trainable_share", "seconds_adapt", "undetected", "mean_detected"):
+        found[name] = _mean([row[name] for row in rows])
+    for role in ROLES:
+        by_class = {
+            cls: _mean([row["sgr"] for row in rows if (row["role"], row["class"]) == (role, cls)]) for cls in counted
+        }
+        found[f"sgr_{role}"] = _mean(list(by_class.values()))
+    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
+    return found | {"peak_memory_bytes": max(peaks, default=None)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each reason once, with the defence and the number of cells."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row["reason"]:
+            key = row["defence"], row["reason"]
+            counts[key] = counts.get(key, 0) + 1
+    return [f"{defence} ({count} cell{'s' * (count > 1)}): {reason}" for (defence, reason), count in counts.items()]
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """matrix.csv: one line for each row; None is an empty field, numbers are written so that they read back equal."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,138 @@
+"""What the matrix consists of: defences by name, variants of adaptations, and one cell for each user."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from raygard.config import RunConfig
+from raygard.config_adapt import AdaptConfig
+from raygard.config_compare import NAME, variant_config
+from raygard.config_file import describe_error
+from raygard.errors import RaygardError, nearest
+from raygard.outcome import NONE, ROLES
+
+FOLLOWED_BY = "+"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """edit: name of an edit of the released values, None for none. mask: name of a mask that freezes after it."""
+
+    name: str
+    edit: str | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to adapt, by the name it has in the matrix."""
+
+    name: str
+    config: AdaptConfig
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """What the configuration alone says about going around a mask, in words."""
+        return ("the mask is ignored: every tensor is trained",) if self.config.ignore_mask else ()
+
+    def without_mask(self) -> AdaptConfig:
+        """The same users where there is no mask to ignore, so that both are one entry of the store."""
+        return self.config.model_copy(update={"ignore_mask": False})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One user in the matrix. draw, mask_seed: which mask of the defence, as in `EvaluationJob`."""
+
+    adaptation: str
+    defence: str
+    role: str
+    cls: str
+    draw: int = 0
+    mask_seed: int | None = None
+    seed: int = 0
+
+
+def parse_defences(names: Sequence[str], edits: Collection[str], masks: Collection[str]) -> tuple[Defence, ...]:
+    """`none`, a mask, an edit, or `edit+mask`, by name and in order.
+
+    edits, masks: known names. Raises RaygardError for an unknown name, listing the known ones.
+    """
+    return tuple(_parse(name, edits, masks) for name in names)
+
+
+def _parse(name: str, edits: Collection[str], masks: Collection[str]) -> Defence:
+    freezing = [mask for mask in masks if mask != NONE]
+    edit, plus, mask = name.partition(FOLLOWED_BY)
+    if not plus:
+        if name == NONE:
+            return Defence(name)
+        if name in freezing:
+            return Defence(name, mask=name)
+        if name in edits:
+            return Defence(name, edit=name)
+        raise RaygardError(
+            f"unknown defence '{name}' (compare.defences){nearest(name, [*masks, *edits])}; an edit followed by a mask "
+            "is written edit+mask"
+        )
+    if edit not in edits:
+        raise RaygardError(f"defence '{name}': no edit is called '{edit}'{nearest(edit, edits)}")
+    if mask not in freezing:
+        raise RaygardError(f"defence '{name}': no mask is called '{mask}'{nearest(mask, freezing)}")
+    return Defence(name, edit=edit, mask=mask)
+
+
+def variants(config: RunConfig) -> tuple[Variant, ...]:
+    """The adaptations of `compare.adaptations`; what they leave out is as `variant_config` says.
+
+    Raises RaygardError for one whose settings do not go with those of the run's `adapt`.
+    """
+    found = []
+    for entry in config.compare.adaptations:
+        try:
+            found.append(Variant(entry[NAME], variant_config(entry, config.adapt)))
+        except ValidationError as error:
+            raise RaygardError(f"adaptation '{entry[NAME]}' (compare.adaptations): {describe_error(error)}") from None
+    return tuple(found)
+
+
+def classes(config: RunConfig) -> list[tuple[str, str]]:
+    """(class, role), illegal ones first."""
+    return [(cls, role) for role in ROLES for cls in getattr(config.domain, role)]
+
+
+def plan_cells(
+    config: RunConfig, adaptation: str, places: Mapping[str, Sequence[tuple[int, int | None]]]
+) -> list[Cell]:
+    """Every user of one adaptation, in the order of the defences.
+
+    places: the (draw, mask_seed) of every mask of a defence, by the defence's name.
+    """
+    return [
+        Cell(adaptation, name, role, cls, draw, mask_seed, seed)
+        for name, masks in places.items()
+        for draw, mask_seed in masks
+        for cls, role in classes(config)
+        for seed in config.evaluation.adaptation_seeds
+    ]
+
+
+def edit_settings(known: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every edit that may be named: {name: (method, settings that differ from the method's)}.
+
+    known: the registered methods. Raises RaygardError for an edit of an unknown method, or with the name of a method.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in known}
+    for entry in config.compare.edits:
+        name, method = entry["name"], entry["method"]
+        if method not in known:
+            raise RaygardError(f"edit '{name}': unknown weight-editing defence '{method}'{nearest(method, known)}")
+        settings = {key: value for key, value in entry.items() if key not in ("name", "method")}
+        if FOLLOWED_BY in name or (name in known and name != method):
+            raise RaygardError(f"an edit cannot be called '{name}': that name is taken; choose another")
+        found[name] = (method, settings)
+    return found

@@ -1,0 +1,130 @@
+"""The summaries of a matrix as tables: plain cells first, then Markdown, LaTeX and HTML of the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from raygard.compare.matrix import DONE, FAILED, UNFINISHED
+from raygard.outcome import bracket
+
+Summary = Mapping[str, Any]
+Lines = list[list[str]]
+
+# Of LaTeX: what must be written otherwise in running text.
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+HEADER = (
+    "defence", "tensors", "params", "mitigation [95 %]", "legal impact [95 %]", "rel. illegal", "rel. legal",
+    "SGR illegal", "SGR legal", "base loss", "s", "peak MiB", "trained", "cells",
+)  # fmt: skip
+NO_FACE = "no face"
+
+
+def heading(summary: Summary) -> str:
+    """Adaptation and scorer of a table, in words."""
+    method = "" if summary["method"] == summary["adaptation"] else f" ({summary['method']})"
+    return f"{summary['adaptation']}{method}, {summary['scorer']} ({summary['direction']}, {summary['unit']})"
+
+
+def lines(summary: Summary) -> Lines:
+    """The header and one line for each defence; "-" where there is no number.
+
+    `s`: mean seconds of an adaptation. `trained`: trained numbers as a share of the denoiser's. `cells`: done of all,
+    and how many failed or are unfinished. A column for pictures without a face where the scorer looks for faces.
+    """
+    faces = any(entry["undetected"] is not None for entry in summary["defences"])
+    table = [[*HEADER, *([NO_FACE] if faces else [])]]
+    for entry in summary["defences"]:
+        line = [entry["defence"], _percent(entry["freeze_ratio"]), _percent(entry["param_share"])]
+        line += [_with_interval(entry, "mitigation"), _with_interval(entry, "legal_impact")]
+        line += [_percent(entry[f"relative_{role}"], "+") for role in ("illegal", "legal")]
+        line += [_percent(entry[f"sgr_{role}"], "+") for role in ("illegal", "legal")]
+        line += [_number(entry["base_loss"], ".4f"), _number(entry["seconds_adapt"], ".1f")]
+        peak = entry["peak_memory_bytes"]
+        line += [_number(None if peak is None else peak / 2**20, ".0f"), _percent(entry["trainable_share"])]
+        line.append(_counts(entry))
+        table.append([*line, *([_percent(entry["undetected"])] if faces else [])])
+    return table
+
+
+def remarks(summary: Summary) -> list[str]:
+    """What must be read with a table: what went around the masks, why cells have no number, what intervals hold."""
+    found = [f"Outside every mask: {what}." for what in summary["around"]]
+    return [*found, *summary["reasons"], *summary["notes"]]
+
+
+def to_markdown(summaries: Sequence[Summary]) -> str:
+    """All tables, each with a heading and its remarks."""
+    parts = []
+    for summary in summaries:
+        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines(summary)]
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+        notes = "\n".join(f"- {remark}" for remark in remarks(summary))
+        parts.append(f"## {heading(summary)}\n\n{rows}\n\n{notes}\n")
+    return "\n".join(parts)
+
+
+def to_latex(summaries: Sequence[Summary]) -> str:
+    """All tables as `table` environments with plain rules, which need no package."""
+    parts = []
+    for summary in summaries:
+        header, *body = [[latex(cell) for cell in line] for line in lines(summary)]
+        rows = "\n".join(f"{' & '.join(line)} \\\\" for line in body)
+        notes = "\n".join(f"% {' '.join(remark.split())}" for remark in remarks(summary))
+        parts.append(
+            f"{notes}\n\\begin{{table}}\n\\centering\n\\caption{{{latex(heading(summary))}}}\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\hline\n{' & '.join(header)} \\\\\n\\hline\n{rows}\n"
+            "\\hline\n\\end{tabular}\n\\end{table}\n"
+        )
+    return "\n".join(parts)
+
+
+def to_html(summary: Summary) -> str:
+    """One table as an HTML `table` element, without a heading."""
+    header, *body = [[escape(cell) for cell in line] for line in lines(summary)]
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    rows = "\n".join(
+        f'<tr><th scope="row">{line[0]}</th>{"".join(f"<td>{cell}</td>" for cell in line[1:])}</tr>' for line in body
+    )
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+
+
+def to_text(summaries: Sequence[Summary]) -> str:
+    """The chief columns of all tables, for a terminal."""
+    parts = []
+    for summary in summaries:
+        table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+        around = [f"outside every mask: {what}" for what in summary["around"]]
+        parts.append("\n".join([heading(summary), *text, *around, *summary["reasons"]]))
+    return "\n\n".join(parts)
+
+
+def latex(text: str) -> str:
+    """`text` with every character that LaTeX reads as a command written out."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+def _counts(entry: Mapping[str, Any]) -> str:
+    total = sum(entry[status] for status in (DONE, FAILED, UNFINISHED))
+    rest = [f"{entry[status]} {status}" for status in (FAILED, UNFINISHED) if entry[status]]
+    return ", ".join([f"{entry[DONE]}/{total}", *rest])
+
+
+def _with_interval(entry: Mapping[str, Any], name: str) -> str:
+    value = entry[name]
+    return "-" if value is None else f"{value:.3f} {bracket(entry[f'{name}_ci'])}".rstrip()
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return _number(value, f"{sign}.1%")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

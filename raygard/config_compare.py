@@ -1,0 +1,119 @@
+"""The section `compare`: which defences meet which adaptations in the matrix of `raygard compare`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from raygard.config_adapt import AdaptConfig
+from raygard.config_section import Section, once
+from raygard.errors import nearest
+
+# Keys of a variant of an adaptation that are no settings of `adapt`.
+NAME, METHOD, TIMES = "name", "method", "times"
+
+
+class CompareConfig(Section):
+    """`raygard compare`: defences x adaptations x classes x `evaluation.adaptation_seeds` (docs/compare.md)."""
+
+    defences: tuple[str, ...] = Field(
+        ("none", "freeze", "random", "random-matched", "largest-first", "busy-layer", "uce", "uce+freeze"),
+        description="masks, edits, and an edit followed by a mask as edit+mask (docs/defences.md)",
+    )
+    mask: str | None = Field(
+        None, min_length=1, description="folder of a learned mask; null: one is learned for each evaluation.mask_seeds"
+    )
+    edits: tuple[dict[str, Any], ...] = Field(
+        (), description="further edits by name: {name, method, settings of the method}; names for compare.defences"
+    )
+    adaptations: tuple[dict[str, Any], ...] = Field(
+        ({"name": "full", "method": "full"}, {"name": "lora", "method": "lora"}),
+        description="a method, or {name, method, times, settings of adapt}; times multiplies max_train_steps",
+    )
+    scorers: tuple[str, ...] = Field((), description="further scorers of the same pictures beside evaluation.scorer")
+
+    @field_validator("defences", "scorers")
+    @classmethod
+    def _names_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return once(names)
+
+    @field_validator("defences")
+    @classmethod
+    def _with_yardstick(cls, defences: tuple[str, ...]) -> tuple[str, ...]:
+        if "none" not in defences:
+            raise ValueError("defences must contain 'none': every outcome is measured against it")
+        return defences
+
+    @field_validator("adaptations", "edits", mode="before")
+    @classmethod
+    def _names_alone(cls, entries: Any) -> Any:
+        if not isinstance(entries, list | tuple):
+            return entries
+        return [{NAME: entry, METHOD: entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_validator("edits")
+    @classmethod
+    def _known_form_of_edits(cls, edits: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for entry in edits:
+            _check_names(entry, "an edit")
+            for key, value in entry.items():
+                # Settings are saved as JSON beside the edit.
+                if value is not None and not isinstance(value, str | int | float | bool):
+                    raise ValueError(f"edit '{entry[NAME]}': {key} must be a number or a word, got {value!r}")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"edit '{entry[NAME]}': {key} must be finite, got {value}")
+        once(tuple(entry[NAME] for entry in edits))
+        return edits
+
+    @field_validator("adaptations")
+    @classmethod
+    def _valid_variants(cls, variants: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        if not variants:
+            raise ValueError("names no adaptation; give at least one, e.g. [full]")
+        for entry in variants:
+            _check_names(entry, "an adaptation")
+            times = entry.get(TIMES, 1)
+            if isinstance(times, bool) or not isinstance(times, int | float) or not 0 < times < 1e6:
+                raise ValueError(f"adaptation '{entry[NAME]}': times must be a number above 0, got {times!r}")
+        once(tuple(entry[NAME] for entry in variants))
+        return tuple(_checked(entry) for entry in variants)
+
+
+def variant_config(entry: Mapping[str, Any], run: AdaptConfig | None = None) -> AdaptConfig:
+    """How the users of a variant adapt.
+
+    entry: of `compare.adaptations`. run: the run's own `adapt`, which counts for variants of its method; every other
+    method starts from its published values. Raises pydantic's ValidationError.
+    """
+    settings = {key: value for key, value in entry.items() if key not in (NAME, TIMES)}
+    own = run.model_dump(exclude_unset=True) if run is not None and run.method == entry[METHOD] else {}
+    config = AdaptConfig.model_validate({**own, **settings})
+    if TIMES not in entry:
+        return config
+    steps = max(1, round(entry[TIMES] * config.max_train_steps))
+    return AdaptConfig.model_validate({**own, **settings, "max_train_steps": steps})
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its settings as `adapt` reads them."""
+    unknown = [key for key in entry if key not in (*AdaptConfig.model_fields, NAME, TIMES)]
+    if unknown:
+        known = nearest(unknown[0], [*AdaptConfig.model_fields, NAME, TIMES])
+        raise ValueError(f"adaptation '{entry[NAME]}' has no setting '{unknown[0]}'{known}")
+    try:
+        read = variant_config({**entry, TIMES: 1}).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise ValueError(f"adaptation '{entry[NAME]}': {where}{': ' * bool(where)}{message}") from None
+    return {key: entry[key] if key in (NAME, TIMES) else read[key] for key in entry}
+
+
+def _check_names(entry: Mapping[str, Any], what: str) -> None:
+    for key in (NAME, METHOD):
+        if not isinstance(entry.get(key), str) or not entry[key]:
+            raise ValueError(f"{what} needs a name and a method, got {dict(entry)!r}"[:300])

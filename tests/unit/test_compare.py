@@ -1,0 +1,327 @@
+"""The matrix of defences and adaptations from canned results: rows, summaries and tables without a cluster."""
+
+from __future__ import annotations
+
+import csv
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raygard.compare.matrix import COLUMNS, Matrix, Scale, to_csv
+from raygard.compare.plan import Defence, edit_settings, parse_defences, plan_cells, variants
+from raygard.compare.similarity import sgr, similarity
+from raygard.compare.tables import latex, lines, to_html, to_latex, to_markdown, to_text
+from raygard.config import RunConfig
+from raygard.config_file import load_config
+from raygard.errors import RaygardError
+from raygard.outcome import build_outcome
+from raygard.report.matrix import build_matrix_page
+
+ADAPTATIONS = "compare.adaptations=[full, {name: full-ignoring, method: full, ignore_mask: true}, textual-inversion]"
+PLACES = {"none": [(0, None)], "freeze": [(0, 0)], "random": [(0, 0), (1, 0)], "uce": [(0, None)]}
+# How far adapted pictures are from their class; the release is at 0.9.
+DISTANCES = {"none": 0.3, "freeze": 0.6, "random": 0.35, "uce": 0.3}
+STYLE = Scale("style_enlite0", "distance", "cosine distance")
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(
+        None,
+        [
+            "domain.illegal=[i1,i2]",
+            "domain.legal=[l1,l2]",
+            "evaluation.adaptation_seeds=[0,1]",
+            "evaluation.bootstrap_samples=200",
+            "compare.defences=[none,freeze,random,uce]",
+            ADAPTATIONS,
+            *overrides,
+        ],
+    )
+
+
+def result(cell: Any, mean: float, **changes: Any) -> dict[str, Any]:
+    """A result of `run_jobs`."""
+    rng = np.random.default_rng([cell.seed, cell.draw, len(cell.cls)])
+    distances = [float(mean + 0.01 * noise) for noise in rng.standard_normal(8)]
+    masked = cell.defence in ("freeze", "random")
+    return {
+        "job_id": f"{cell.defence}.{cell.cls}.{cell.draw}.{cell.seed}",
+        "class": cell.cls, "role": cell.role, "defence": cell.defence, "draw": cell.draw,
+        "mask_seed": cell.mask_seed, "seed": cell.seed, "domain": "d", "adaptation": "full", "scorer": STYLE.name,
+        "freeze_ratio": 0.3 if masked else 0.0, "param_share": 0.5 if masked else 0.0,
+        "mask_sha256": "ab" if masked else None, "n": 8, "distance": float(np.mean(distances)),
+        "distances": distances, "seconds": {"adapt": 2.0, "generate": 1.0, "score": 0.5}, "trainable_params": 500,
+        "audit_ok": True if masked else None, "outside_mask": [], "peak_memory_bytes": 2**20, "store": "k", **changes,
+    }  # fmt: skip
+
+
+def matrix(settings: RunConfig, **options: Any) -> Matrix:
+    """Every cell measured."""
+    found = Matrix(settings, variants(settings), [STYLE], num_params=1000, **options)
+    found.cells = [cell for variant in found.variants for cell in plan_cells(settings, variant.name, PLACES)]
+    base = {cell.cls: cell for cell in found.cells}
+    for cell in base.values():
+        found.add(STYLE.name, "full", {**result(cell, 0.9), "defence": "base"})
+    for cell in found.cells:
+        outside = ["the token"] if cell.adaptation == "textual-inversion" else []
+        mean = DISTANCES[cell.defence] + (0.1 if cell.role == "illegal" and cell.defence == "freeze" else 0)
+        found.add(STYLE.name, cell.adaptation, result(cell, mean, outside_mask=outside))
+    return found
+
+
+def test_every_cell_has_one_row_and_the_file_reads_back_equal() -> None:
+    rows = matrix(config()).rows()
+    keys = [
+        tuple(row[name] for name in ("adaptation", "defence", "class", "draw", "mask_seed", "seed")) for row in rows
+    ]
+    assert len(rows) == len(set(keys)) == 3 * 5 * 4 * 2
+    back = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [list(line) for line in back] == [list(COLUMNS)] * len(rows)
+    for row, line in zip(rows, back, strict=True):
+        assert float(line["distance"]) == row["distance"] and line["draw"] == str(row["draw"])
+        assert line["mask_seed"] == ("" if row["mask_seed"] is None else str(row["mask_seed"]))
+
+
+def test_rows_agree_with_the_outcome_of_their_adaptation() -> None:
+    settings = config()
+    found = matrix(settings)
+    own = [r for (_, cell), r in found.results.items() if cell.adaptation == "full"]
+    outcome = build_outcome([*found.base.values(), *own], settings, {}, direction="distance")
+    rows = [row for row in found.rows() if row["adaptation"] == "full"]
+    assert len(outcome["rows"]) == len(rows)
+    for expected in outcome["rows"]:
+        (row,) = [
+            row for row in rows if all(row[n] == expected[n] for n in ("defence", "class", "draw", "mask_seed", "seed"))
+        ]
+        assert row["d_none"] == pytest.approx(expected["d_full"]) and row["d_base"] == pytest.approx(expected["d_base"])
+        assert row["blocked"] == pytest.approx(expected["blocked"])
+        assert row["relative"] == pytest.approx(row["distance"] / row["d_none"] - 1)
+    summary = found.summaries()[0]
+    for entry, expected in zip(summary["defences"], outcome["summary"], strict=True):
+        assert entry["defence"] == expected["defence"]
+        for name in ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci", "relative_illegal"):
+            assert entry[name] == expected[name]
+        assert (entry["done"], entry["failed"], entry["unfinished"]) == (
+            16 if entry["defence"] == "random" else 8,
+            0,
+            0,
+        )
+        assert entry["trainable_share"] == 0.5 and entry["peak_memory_bytes"] == 2**20
+
+
+def test_each_adaptation_is_measured_against_itself() -> None:
+    found = matrix(config())
+    for (scorer, cell), kept in list(found.results.items()):
+        if cell.adaptation == "textual-inversion":
+            found.results[scorer, cell] = {**kept, "distance": 0.5, "distances": [0.49, 0.51] * 4}
+    full, _, inversion = found.summaries()
+    assert [entry["mitigation"] for entry in inversion["defences"]] == [0.0] * 4
+    assert full["defences"][1]["mitigation"] == pytest.approx(0.4 / 0.6, abs=0.03)
+    assert full["defences"][1]["legal_impact"] == pytest.approx(0.3 / 0.6, abs=0.03)
+
+
+def test_sgr_is_the_share_of_similarity_taken_away() -> None:
+    assert sgr(0.8, 0.6) == pytest.approx(0.25) and sgr(0.6, 0.8) < 0 and sgr(0.5, 0.5) == 0
+    for undefined in (0.0, -0.1, float("nan")):
+        with pytest.raises(RaygardError, match="not above 0"):
+            sgr(undefined, 0.5)
+    assert similarity(0.3, "cosine distance") == 0.7 and similarity(0.3, "cosine similarity") == 0.3
+    assert similarity(0.3, "Frechet distance") is None
+    rows = [row for row in matrix(config()).rows() if row["defence"] == "freeze" and row["role"] == "illegal"]
+    for row in rows:
+        assert row["sgr"] == pytest.approx((row["distance"] - row["d_none"]) / (1 - row["d_none"])) and row["sgr"] > 0
+
+
+def test_an_undefined_sgr_is_an_empty_field_with_its_reason() -> None:
+    found = matrix(config())
+    found.scales = [Scale(STYLE.name, "similarity", "cosine similarity")]
+    for key, kept in list(found.results.items()):
+        if kept["defence"] == "none":
+            found.results[key] = {**kept, "distance": -0.1, "distances": [-0.1, -0.1] * 4}
+    rows = [row for row in found.rows() if row["defence"] == "freeze"]
+    assert all(row["sgr"] is None and "SGR is undefined" in row["reason"] and row["status"] == "done" for row in rows)
+
+
+def test_failed_unfinished_and_impossible_cells_are_rows_with_a_reason() -> None:
+    settings = config()
+    found = matrix(settings, lost={"uce": "the model has no cross-attention"})
+    whole = {entry["defence"]: entry for entry in matrix(settings).summaries()[0]["defences"]}
+    frozen = next(cell for cell in found.cells if cell.defence == "freeze" and cell.cls == "i1" and cell.seed == 0)
+    found.results[STYLE.name, frozen] = {
+        **result(frozen, 0), "failed": True, "stage": "adapt", "reason": "nothing to train", "attempts": 1
+    }  # fmt: skip
+    open_cell = next(cell for cell in found.cells if cell.defence == "random" and cell.adaptation == "full")
+    del found.results[STYLE.name, open_cell]
+    rows = found.rows()
+    assert {row["status"] for row in rows if row["defence"] == "uce"} == {"failed"}
+    (failed,) = [row for row in rows if row["reason"] == "adapt: nothing to train"]
+    (open_row,) = [row for row in rows if row["status"] == "unfinished"]
+    assert failed["class"] == "i1" and failed["distance"] is None and open_row["defence"] == "random"
+    summary = found.summaries()[0]
+    entries = {entry["defence"]: entry for entry in summary["defences"]}
+    assert entries["uce"]["mitigation"] is None and entries["uce"]["failed"] == 8
+    assert (entries["freeze"]["done"], entries["freeze"]["failed"]) == (7, 1) and entries["random"]["unfinished"] == 1
+    assert entries["none"]["mitigation_ci"] == whole["none"]["mitigation_ci"]
+    assert any("nothing to train" in reason for reason in summary["reasons"])
+    cells = [line[lines(summary)[0].index("cells")] for line in lines(summary)]
+    assert cells == ["cells", "8/8", "7/8, 1 failed", "15/16, 1 unfinished", "0/8, 8 failed"]
+
+
+@pytest.mark.parametrize("yardstick", ["base", "none"])
+def test_a_class_without_a_yardstick_has_distances_and_nothing_else(yardstick: str) -> None:
+    found = matrix(config())
+    failure = {"failed": True, "stage": "score", "reason": "no face", "attempts": 1}
+    for key, kept in list(found.results.items()):
+        if yardstick == "none" and (kept["defence"], kept["class"]) == ("none", "i1"):
+            found.results[key] = {**kept, **failure}
+    if yardstick == "base":
+        found.base[STYLE.name, "i1"] = {**found.base[STYLE.name, "i1"], **failure}
+    rows = [row for row in found.rows() if row["class"] == "i1" and row["defence"] == "freeze"]
+    assert all(row["distance"] is not None and row["blocked"] is None for row in rows)
+    summary = found.summaries()[0]
+    assert summary["defences"][1]["mitigation"] is not None and "nothing can be said of i1" in summary["notes"][-1]
+
+
+def test_nothing_measured_is_a_matrix_as_well() -> None:
+    settings = config()
+    empty = Matrix(settings, variants(settings), [STYLE], num_params=1000)
+    empty.cells = plan_cells(settings, "full", PLACES)
+    assert {row["status"] for row in empty.rows()} == {"unfinished"}
+    assert all(entry["mitigation"] is None for entry in empty.summaries()[0]["defences"])
+    assert "unfinished" in to_markdown(empty.summaries())
+
+
+def test_what_goes_around_the_mask_is_printed() -> None:
+    found = matrix(config())
+    full, ignoring, inversion = found.summaries()
+    assert full["around"] == [] and inversion["around"] == ["the token"]
+    assert ignoring["around"] == ["the mask is ignored: every tensor is trained"]
+    rows = [row for row in found.rows() if row["adaptation"] == "full-ignoring" and row["outside_mask"]]
+    assert {row["defence"] for row in rows} == {"freeze", "random"}
+    for text in (to_markdown([inversion]), to_latex([inversion]), to_text([inversion])):
+        assert "utside every mask: the token" in text
+
+
+def test_pictures_without_a_face_have_a_column_only_where_faces_are_sought() -> None:
+    found = matrix(config())
+    assert "no face" not in lines(found.summaries()[0])[0]
+    for key, kept in list(found.results.items()):
+        found.results[key] = {**kept, "undetected": 0.25, "mean_detected": 0.2}
+    assert [line[-1] for line in lines(found.summaries()[0])] == ["no face", *["25.0%"] * 4]
+
+
+class Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.rows[-1][-1] += data
+
+
+def test_markdown_html_and_latex_show_the_same_cells() -> None:
+    summary = matrix(config()).summaries()[0]
+    plain = lines(summary)
+    parser = Cells()
+    parser.feed(to_html(summary))
+    assert parser.rows == plain
+    table = [line for line in to_markdown([summary]).splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[:1] + table[2:]] == plain
+    body = [line for line in to_latex([summary]).splitlines() if line.endswith("\\\\")]
+    assert [line.removesuffix(" \\\\").split(" & ") for line in body] == [
+        [latex(cell) for cell in row] for row in plain
+    ]
+    assert latex(r"a_b & 5% \x") == r"a\_b \& 5\% \textbackslash{}x"
+
+
+def test_the_page_holds_every_table_and_escapes_names(tmp_path: Path) -> None:
+    settings = config("domain.illegal=['<b>i1', i2]")
+    summaries = matrix(settings).summaries()
+    counts = {"done": 119, "failed": 1, "unfinished": 0}
+    page = build_matrix_page(summaries, counts, settings.model_dump(mode="json"), {}, tmp_path / "compare.html")
+    text = page.read_text()
+    assert text.count("<table>") == 3 and "119 of 120" in text and "1 cells failed" in text
+    assert "<b>i1" not in text and text.count("data:image/png") == 2
+
+
+def test_defences_are_masks_edits_or_both() -> None:
+    masks, edits = ["none", "freeze", "random"], ["uce", "imma"]
+    found = parse_defences(["none", "freeze", "imma", "uce+random"], edits, masks)
+    assert found == (
+        Defence("none"),
+        Defence("freeze", mask="freeze"),
+        Defence("imma", edit="imma"),
+        Defence("uce+random", edit="uce", mask="random"),
+    )
+    for wrong, message in (
+        ("freze", "did you mean 'freeze'"),
+        ("zzz", "known: freeze, imma, none, random, uce"),
+        ("uc+freeze", "did you mean 'uce'"),
+        ("uce+none", "no mask is called 'none'"),
+        ("freeze+uce", "no edit is called 'freeze'"),
+    ):
+        with pytest.raises(RaygardError, match=message):
+            parse_defences([wrong], edits, masks)
+
+
+def test_variants_take_published_values_or_the_runs_own() -> None:
+    settings = load_config(
+        None,
+        [
+            "adapt.max_train_steps=40",
+            "adapt.learning_rate=2e-3",
+            "compare.adaptations=[full, lora, {name: longer, method: full, times: 5}, "
+            "{name: lora-32, method: lora, rank: 32, learn_as: thing}]",
+        ],
+    )
+    full, lora, longer, wide = (variant.config for variant in variants(settings))
+    assert full == settings.adapt
+    assert (lora.max_train_steps, lora.learning_rate, lora.rank) == (1000, 1e-4, 4)
+    assert longer == settings.adapt.model_copy(update={"max_train_steps": 200})
+    assert (wide.rank, wide.learn_as, wide.max_train_steps) == (32, "thing", 1000)
+    assert RunConfig.model_validate(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[lora, lora]", "names 'lora' twice"),
+        ("[{name: a}]", "needs a name and a method"),
+        ("[{name: a, method: full, rank: 3}]", "adapt.rank has no effect"),
+        ("[{name: a, method: full, learning_rat: 3}]", "did you mean 'learning_rate'"),
+        ("[{name: a, method: full, learning_rate: .nan}]", "finite"),
+        ("[{name: a, method: full, times: 0}]", "times must be a number above 0"),
+        ("[]", "names no adaptation"),
+        ("[[1]]", "valid dictionary"),
+    ],
+)
+def test_a_wrong_variant_is_one_line(value: str, message: str) -> None:
+    with pytest.raises(RaygardError, match=message) as caught:
+        load_config(None, [f"compare.adaptations={value}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_edits_may_be_named_and_set() -> None:
+    settings = config("compare.edits=[{name: imma-strong, method: imma, outer_lr: 0.1}]")
+    assert edit_settings({"uce": 0, "imma": 0}, settings) == {
+        "uce": ("uce", {}),
+        "imma": ("imma", {}),
+        "imma-strong": ("imma", {"outer_lr": 0.1}),
+    }
+    with pytest.raises(RaygardError, match="unknown weight-editing defence 'imma'"):
+        edit_settings({"uce": 0}, settings)
+    with pytest.raises(RaygardError, match="that name is taken"):
+        edit_settings({"uce": 0, "imma": 0}, config("compare.edits=[{name: uce, method: imma}]"))
+    with pytest.raises(RaygardError, match="must be a number or a word"):
+        config("compare.edits=[{name: x, method: imma, rounds: [1]}]")
