@@ -24,6 +24,7 @@ from raygard.cluster.evaluators import (
 from raygard.cluster.pool import ItemFailed, RayWorker, WorkerPool, reason
 from raygard.config import EvaluationConfig, RunConfig
 from raygard.errors import RaygardError
+from raygard.scoring import DETECTION, pooled_detection
 from raygard.store import Store
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Coordinator:
             "distances": [distance for item in items for distance in item["distances"]],
             "items": [item["item"] for item in items],
             "seconds": {kind: round(sum(item["seconds"][kind] for item in items), 3) for kind in ("generate", "score")},
+            **pooled_detection([(len(item["distances"]), item["detection"]) for item in items]),
         }
         store.write_score(measurement.key, measurement.scorer, record)
         return record
@@ -172,6 +174,7 @@ class Coordinator:
             raise _Failed("score", failure) from failure
         return {
             "distances": result["distances"],
+            "detection": {name: result[name] for name in DETECTION if name in result},
             "item": {"rows": list(span), "generate_attempts": drawing, "score_attempts": attempts},
             "seconds": {"generate": facts.get("seconds", 0.0), "score": result["seconds"]},
         }

@@ -182,7 +182,7 @@ class _Run:
 
     def _adapt(self, plan: _Plan) -> None:
         plan.heard = None
-        task = _remote(adapt_task, self.config, num_returns="streaming")
+        task = remote_task(adapt_task, self.config, num_returns="streaming")
         adaptation = Adaptation(
             key=plan.key,
             store=self.inputs.store,
@@ -193,6 +193,7 @@ class _Run:
             reference_part=self.inputs.reference_part,
             seed=plan.job.seed,
             mask=plan.job.mask,
+            edit=plan.job.edit,
             untouched=plan.job.defence == BASE,
             milestones=self._steps(plan),
             held_out=plan.held_out,
@@ -331,24 +332,24 @@ class _Run:
             self.on_result(result)
 
 
-def base_loss(config: RunConfig, cache: str, store: str, mask: Path | None = None) -> float:
+def base_loss(config: RunConfig, cache: str, store: str, mask: Path | None = None, edit: str | None = None) -> float:
     """The release's own held-out loss on the general classes, from the store or from a task.
 
-    cache: their latents. mask: a mask whose values the release carries. Paths are on shared storage.
-    Raises RaygardError with the reason when the task has failed `evaluation.max_attempts` times, or by a user's
-    mistake.
+    cache: their latents. mask: a mask whose values the release carries. edit: file of an edit of the released values,
+    which comes before the mask. Paths are on shared storage. Raises RaygardError with the reason when the task has
+    failed `evaluation.max_attempts` times, or by a user's mistake.
     """
     import ray
 
-    content = base_loss_content(config, cache, None if mask is None else FreezeMask.load(mask))
+    content = base_loss_content(config, cache, None if mask is None else FreezeMask.load(mask), edit)
     where = None if mask is None else str(mask)
     key, kept = content_key(content), Store(Path(store))
     loss, attempts = kept.base_loss(key), 0
     while loss is None:
         attempts += 1
         try:
-            task = _remote(base_loss_task, config)
-            loss = float(ray.get(task.remote(config.model_dump(mode="json"), cache, where)))
+            task = remote_task(base_loss_task, config)
+            loss = float(ray.get(task.remote(config.model_dump(mode="json"), cache, where, edit)))
         except ray.exceptions.RayError as error:
             if user_mistake(error) is not None or attempts >= config.evaluation.max_attempts:
                 raise RaygardError(f"the release's own loss on general classes: {reason(error)}") from None
@@ -358,7 +359,8 @@ def base_loss(config: RunConfig, cache: str, store: str, mask: Path | None = Non
     return loss
 
 
-def _remote(function: Callable[..., Any], config: RunConfig, **options: Any) -> Any:
+def remote_task(function: Callable[..., Any], config: RunConfig, **options: Any) -> Any:
+    """`function` as a Ray task with what `evaluation` gives an adaptation, which Ray does not repeat by itself."""
     import ray
 
     evaluation = config.evaluation

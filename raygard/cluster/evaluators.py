@@ -23,16 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raygard.adaptation import Release, get_adaptation, learned, teach
+from raygard.cluster.memory import PeakMemory
 from raygard.config import GenerationConfig, ModelConfig, RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import DiffusionLoss, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
+from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.files import read_array
 from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
-from raygard.scoring import get_scorer
+from raygard.scoring import face_detection, get_scorer
 from raygard.store import Store, read_pictures
 from raygard.values.batches import general_rows
 
@@ -65,7 +67,8 @@ def environment(threads: int, gpus: float) -> dict[str, Any]:
 class Adaptation:
     """One user's fine-tuning. Paths are on shared storage.
 
-    mask: folder of the mask, None for full fine-tuning. untouched: nothing is trained, only the release's own
+    mask: folder of the mask, None for full fine-tuning. edit: file of an edit of the released values, None for the
+    original ones. untouched: nothing is trained, only the release's own
     held-out loss is taken. milestones: optimizer steps after which the held-out loss is taken; 0 is before training.
     held_out: hash of what the held-out loss is taken on. pause_at: step after which to pause and write down all that
     is needed to go on; None runs to the end. A task goes on from where another of the same key has paused.
@@ -84,6 +87,7 @@ class Adaptation:
     milestones: tuple[int, ...]
     held_out: str | None
     pause_at: int | None = None
+    edit: str | None = None
 
 
 def adapt_task(adaptation: Adaptation) -> Iterator[dict[str, Any]]:
@@ -112,6 +116,12 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
     base = pristine.state_dict()
     # Training leaves more than weights behind: gradients, hooks, a replaced `forward`.
     unet = copy.deepcopy(pristine).to(_device(config.evaluation.gpus_per_job))
+    values: Mapping[str, Tensor] = {}
+    if adaptation.edit is not None:
+        edit = Edit.load(adaptation.edit)
+        edit.apply(unet)
+        values = edit.values
+    peak = PeakMemory()
     data = _cache(adaptation.cache)
     scheduler = load_noise_scheduler(config.model)
     store, before = Store(Path(adaptation.store)), _paused(adaptation)
@@ -167,7 +177,7 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
         )
         if result.paused is not None:
             reached = {"milestones": sorted(losses.items()), "seconds": seconds(), "held_out": adaptation.held_out}
-            facts = {"step": len(result.losses), **reached, "state": result.paused}
+            facts = {"step": len(result.losses), **reached, "state": result.paused, "peak_memory_bytes": peak.bytes}
             store.write_paused(adaptation.key, facts)
             return
         state = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
@@ -180,13 +190,13 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
             "outside_mask": list(result.outside_mask),
         }
         if mask is not None and not config.adapt.ignore_mask:
-            record["audit_ok"] = audit_states(mask.frozen_names, {**base, **mask.values}, state).ok
+            record["audit_ok"] = audit_states(mask.frozen_names, {**base, **values, **mask.values}, state).ok
     known = store.adapted(adaptation.key) or {"held_out": adaptation.held_out, "milestones": []}
     held_out = adaptation.held_out or known["held_out"]
     if known["held_out"] == held_out:
         losses = {**dict(known["milestones"]), **losses}
     record["milestones"] = sorted([step, loss] for step, loss in losses.items())
-    record |= {"held_out": held_out, "seconds": seconds()}
+    record |= {"held_out": held_out, "seconds": seconds(), "peak_memory_bytes": peak.over(before)}
     needed = not store.has_pictures(adaptation.key)
     store.write_adapted(adaptation.key, record, tensors if needed else None)
     store.drop_paused(adaptation.key)
@@ -202,16 +212,18 @@ def _paused(adaptation: Adaptation) -> dict[str, Any] | None:
     return found if wanted <= dict(found["milestones"]).keys() else None
 
 
-def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = None) -> float:
+def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = None, edit: str | None = None) -> float:
     """The release's own loss on the general classes' captions, on fixed noise; where values are trained, on the
     pictures kept from that training.
 
-    mask: folder of the mask whose values the release carries.
+    mask: folder of the mask whose values the release carries. edit: file of an edit of its values, before the mask.
     """
     config = RunConfig.model_validate(config_dict)
     torch.set_num_threads(config.engine.torch_threads)
     loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, None)
     unet: Any = load_unet(config.model)
+    if edit is not None:
+        Edit.load(edit).apply(unet)
     if mask is not None:
         FreezeMask.load(mask).apply(unet)
     unet = unet.to(_device(config.evaluation.gpus_per_job)).eval()
@@ -309,15 +321,17 @@ class ScorerActor:
     def score(self, request: ScoreRequest, pictures: NDArray[np.uint8] | None = None) -> dict[str, Any]:
         """Distance of each picture, uint8 (n, H, W, 3), to the references of its class: {"distances", "seconds"}.
 
-        Raises RaygardError if a distance is not finite.
+        A scorer of faces adds what `face_detection` says. Raises RaygardError if a distance is not finite.
         """
         started = time.monotonic()
         if pictures is None:
             pictures = read_pictures(str(request.saved))[slice(*request.rows)]
-        distances = self._scorer.distances(self._scorer.embed(pictures), self._embedded(request))
+        embedded = self._scorer.embed(pictures)
+        distances = self._scorer.distances(embedded, self._embedded(request))
         if len(distances) != len(pictures) or not np.isfinite(distances).all():
             raise RaygardError(f"scorer {self.name} did not give one finite distance for each picture")
-        return {"distances": [float(d) for d in distances], "seconds": time.monotonic() - started}
+        found = face_detection(self._scorer, embedded, distances)
+        return {**found, "distances": [float(d) for d in distances], "seconds": time.monotonic() - started}
 
     def _embedded(self, request: ScoreRequest) -> NDArray[np.float32]:
         # A references file of another run may come to lie at the same path.

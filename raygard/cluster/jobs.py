@@ -17,21 +17,26 @@ from raygard.cluster.evaluators import BASE_LOSS_DRAWS, HELD_OUT_DRAWS, read_ref
 from raygard.config import ModelConfig, RunConfig
 from raygard.diffusion.cache import MANIFEST
 from raygard.diffusion.model import model_fingerprint
+from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.mask import FreezeMask
+from raygard.scoring import DETECTION
 from raygard.store import Store, content_key
 from raygard.values.batches import KEPT_FRACTION
 
 BASE = "base"
 # To be raised with a change after which equal inputs give other results, so that the store's old ones are not taken.
-FORMATS = {"pictures": 1, "held_out": 1, "score": 1, "base_loss": 1}
+FORMATS = {"pictures": 1, "held_out": 1, "score": 2, "base_loss": 1}
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One user: a defence, a class and an adaptation seed. `defence` "base" generates without adaptation."""
+    """One user: a defence, a class and an adaptation seed. `defence` "base" generates without adaptation.
+
+    mask: folder of a mask. edit: file of an edit of the released values, which comes before the mask.
+    """
 
     defence: str
     cls: str
@@ -40,6 +45,7 @@ class EvaluationJob:
     mask_seed: int | None = None
     seed: int = 0
     mask: str | None = None
+    edit: str | None = None
 
     @property
     def job_id(self) -> str:
@@ -72,7 +78,7 @@ def job_content(
 ) -> dict[str, Any]:
     """Everything that decides the pictures of a job; jobs with equal content share one place in the store.
 
-    Raises RaygardError if model or cache cannot be read.
+    Raises RaygardError if model, cache or edit cannot be read.
     """
     content: dict[str, Any] = {
         "format": FORMATS["pictures"],
@@ -89,6 +95,8 @@ def job_content(
             "pictures": _rows_key(inputs.cache, job.cls, inputs.adapt_part, config),
             "mask": [mask.sha256, *mask.frozen_names] if mask else None,
         }
+        if job.edit:
+            content["edit"] = edit_hash(job.edit)
     return content
 
 
@@ -101,12 +109,16 @@ def held_out_key(cls: str, inputs: EvaluationInputs, config: RunConfig) -> str |
     return content_key(content)
 
 
-def base_loss_content(config: RunConfig, cache: str, mask: FreezeMask | None = None) -> dict[str, Any]:
+def base_loss_content(
+    config: RunConfig, cache: str, mask: FreezeMask | None = None, edit: str | None = None
+) -> dict[str, Any]:
     """Everything that decides the release's own loss on the general classes. Raises RaygardError as `job_content`.
 
-    mask: one whose values the release carries.
+    mask: one whose values the release carries. edit: file of an edit of the released values.
     """
     content: dict[str, Any] = {} if mask is None else {"mask": mask.sha256}
+    if edit is not None:
+        content["edit"] = edit_hash(edit)
     if config.values.enabled:
         content["kept"] = KEPT_FRACTION
     return {
@@ -117,6 +129,12 @@ def base_loss_content(config: RunConfig, cache: str, mask: FreezeMask | None = N
         "seed": config.seed,
         "draws": BASE_LOSS_DRAWS,
     }
+
+
+def edit_hash(path: str) -> str:
+    """Identity of the edit in a file. Raises RaygardError if it cannot be read."""
+    file = Path(path)
+    return _edit_hash(path, file.stat().st_mtime_ns if file.exists() else 0)
 
 
 def reference_facts(references: str, cls: str) -> tuple[list[str], str]:
@@ -170,6 +188,8 @@ def job_result(
         "optimizer_bytes": adapted.get("optimizer_bytes", 0),
         "audit_ok": adapted.get("audit_ok"),
         "outside_mask": adapted.get("outside_mask", []),
+        "peak_memory_bytes": adapted.get("peak_memory_bytes"),
+        **{name: score[name] for name in DETECTION if name in score},
     }
 
 
@@ -200,6 +220,11 @@ def _rows_key(cache: str, cls: str, part: str, config: RunConfig) -> str:
     rows = [row[2:] for row in zip(*columns, strict=True) if row[:2] == (cls, part)]
     domain = config.domain
     return content_key({"rows": rows, "resolution": domain.resolution, "center_crop": domain.center_crop})
+
+
+@functools.lru_cache(maxsize=64)
+def _edit_hash(path: str, mtime_ns: int) -> str:
+    return Edit.load(path).sha256
 
 
 @functools.lru_cache(maxsize=4)

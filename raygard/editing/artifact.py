@@ -53,6 +53,11 @@ class Edit:
         held = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         return cls(held, _fingerprint(parameters, held), method, settings)
 
+    @property
+    def sha256(self) -> str:
+        """Identity of the edit: its base and its values; equal for equal edits of equal bases."""
+        return fingerprint({"base": self.base_sha256, **{n: tensor_sha256(v) for n, v in self.values.items()}})
+
     def check(self, unet: nn.Module) -> None:
         """Raise RaygardError unless `unet` has the tensors, with the values, that this edit was made for."""
         parameters = dict(unet.named_parameters())

@@ -55,6 +55,7 @@ def _content(files: RunFiles) -> dict[str, Any]:
         "losses": None,
         "soft_mask": None,
         "heat_map": None,
+        "faces": _faces(files.results),
         "savings": _savings(files.results),
         "settings": settings_list(files.config),
         "facts": _facts(files),
@@ -237,6 +238,24 @@ def _savings(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         }
         for defence, mean in means.items()
     ]
+
+
+def _faces(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Pictures without a face under each defence, and the mean distance of the others; empty for other scorers."""
+    rows = []
+    for defence in sorted({r["defence"] for r in results}, key=plots.rank):
+        own = [r for r in results if r["defence"] == defence and r.get("undetected") is not None]
+        known = [r["mean_detected"] for r in own if r["mean_detected"] is not None]
+        if own:
+            rows.append(
+                {
+                    "defence": defence,
+                    "undetected": f"{np.mean([r['undetected'] for r in own]):.1%}",
+                    "distance": f"{np.mean([r['distance'] for r in own]):.4f}",
+                    "mean_detected": f"{np.mean(known):.4f}" if known else "-",
+                }
+            )
+    return rows
 
 
 def _share(value: float, whole: float) -> str:

@@ -3,7 +3,7 @@ each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCORERS: dict[str, Callable[..., Scorer]] = {}
+# What `face_detection` adds to a score.
+DETECTION = ("undetected", "mean_detected")
 
 
 class Scorer(Protocol):
@@ -114,6 +116,21 @@ def face_detection(
     found = distances[~missing]
     share = float(missing.mean()) if len(missing) else 0.0
     return {"undetected": share, "mean_detected": float(found.mean()) if len(found) else None}
+
+
+def pooled_detection(items: Sequence[tuple[int, Mapping[str, float | None]]]) -> dict[str, float | None]:
+    """What `face_detection` says of all pictures together, from items of n pictures each and what it says of them."""
+    if not all(found for _, found in items):
+        return {}
+    total, faces, distances = 0, 0, 0.0
+    for count, found in items:
+        detected = round(count * (1 - (found["undetected"] or 0.0)))
+        total, faces = total + count, faces + detected
+        distances += detected * (found["mean_detected"] or 0.0)
+    return {
+        "undetected": (total - faces) / total if total else 0.0,
+        "mean_detected": distances / faces if faces else None,
+    }
 
 
 register(StyleEnLite0.name, StyleEnLite0)

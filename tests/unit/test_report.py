@@ -105,6 +105,18 @@ def test_only_learn_exists(tmp_path):
     assert "The mask over the model" in page and "Learning" in page
 
 
+def test_pictures_without_a_face_are_told_where_faces_were_sought(run_dir, page, tmp_path):
+    assert "Pictures without a face" not in page
+    shutil.copytree(run_dir, tmp_path / "run")
+    for number, file in enumerate(sorted((tmp_path / "run").glob("evaluation/jobs/*/result.json"))):
+        found = (
+            {"undetected": 1.0, "mean_detected": None} if number == 0 else {"undetected": 0.25, "mean_detected": 0.125}
+        )
+        file.write_text(json.dumps({**json.loads(file.read_text()), **found}))
+    faces = build_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Pictures without a face" in faces and "25.0%" in faces and "0.1250" in faces
+
+
 def test_outcome_without_a_counted_class(run_dir, tmp_path):
     outcome = json.loads((run_dir / "outcome.json").read_text())
     for entry in outcome["summary"]:
