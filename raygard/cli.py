@@ -70,10 +70,11 @@ def _config(
 
 
 @contextmanager
-def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True) -> Iterator[Any]:
+def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compares: bool = False) -> Iterator[Any]:
     """A flow on a cluster that can run it; the cluster is left again at the end."""
     from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources
+    from raygard.compare_flow import CompareFlow
     from raygard.flow import Flow
     from raygard.progress import Progress
 
@@ -85,7 +86,7 @@ def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True) -> Ite
             if evaluates:
                 require_evaluation(config.evaluation)
 
-        yield Flow(config, out, Progress(quiet=quiet), connect)
+        yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
 
 
 def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
@@ -131,6 +132,29 @@ def _run(config: Any, out: Path, quiet: bool) -> None:
     with _flow(config, out, quiet) as flow:
         outcome = flow.run()
     _print_outcome(flow, outcome)
+
+
+@app.command()
+def compare(
+    out: OutOption,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    workers: WorkersOption = None,
+    zero_stage: StageOption = None,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Let users of every kind meet every defence: the matrix `compare.defences` x `compare.adaptations`.
+
+    Writes matrix.csv, one line for each user, which names unfinished and impossible cells as such, and tables with
+    95 % intervals. A comparison that was cut off goes on when the same command is given again.
+    """
+    with _flow(_config(config, overrides, model, data, workers, zero_stage), out, quiet, compares=True) as flow:
+        flow.run()
+    print(flow.text())
+    for what, name in (("matrix", "matrix.csv"), ("tables", "tables.md"), ("report", "compare.html")):
+        print(f"{what}   {flow.dir / name}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from raygard.errors import nearest
 
 # Keys of a variant of an adaptation that are no settings of `adapt`.
 NAME, METHOD, TIMES = "name", "method", "times"
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class CompareConfig(Section):
@@ -57,6 +59,7 @@ class CompareConfig(Section):
     @field_validator("edits")
     @classmethod
     def _known_form_of_edits(cls, edits: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        edits = tuple({key: _number(value) for key, value in entry.items()} for entry in edits)
         for entry in edits:
             _check_names(entry, "an edit")
             for key, value in entry.items():
@@ -111,6 +114,11 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
         message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise ValueError(f"adaptation '{entry[NAME]}': {where}{': ' * bool(where)}{message}") from None
     return {key: entry[key] if key in (NAME, TIMES) else read[key] for key in entry}
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 reads as a word because it lacks a point or a sign, such as 1e-4."""
+    return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
 
 
 def _check_names(entry: Mapping[str, Any], what: str) -> None:

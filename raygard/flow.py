@@ -182,7 +182,7 @@ class Flow:
                         folder,
                         on_row=lambda row: self._on_row(run, bar, row, "values"),
                     )
-                    measured = str(self._general_cache), str(self.root / "store")
+                    measured = str(self.general_cache), str(self.root / "store")
                     before = base_loss(config, *measured)
                     trained = with_values(config, mask, values, {"base_loss_before": before}).save(folder / "trained")
                     after = base_loss(config, *measured, trained)
@@ -203,10 +203,6 @@ class Flow:
         further = further_captions(captions, domain, self.config.values, mask_seed)
         return self._cache("values", [*parts, *((cls, "general") for cls in domain.general)], further)
 
-    @cached_property
-    def _general_cache(self) -> Path:
-        return self._cache("base_loss", [(cls, "general") for cls in self.config.domain.general])
-
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
         masks = [self.learn(seed) for seed in self.config.evaluation.mask_seeds]
@@ -226,6 +222,12 @@ class Flow:
         self.dir.note(mask={"sha256": masks[0].sha256, **metrics})
 
     # Stages that measure it
+
+    @cached_property
+    def general_cache(self) -> Path | None:
+        """Latents of the general classes, for the loss of the release; None if the domain has none."""
+        general = [(cls, "general") for cls in self.config.domain.general]
+        return self._cache("base_loss", general) if general else None
 
     def evaluate(self, masks: Sequence[FreezeMask], pool: Any = None) -> dict[str, Any]:
         """Adapt every class under every defence, score, and write outcome.json.
@@ -268,9 +270,9 @@ class Flow:
                 "a frozen tensor moved during an adaptation: this is a defect of raygard, please report it"
             )
         losses: dict[str, float] = {}
-        if config.domain.general:
+        if self.general_cache is not None:
             # Where no values were edited, the release is the base.
-            own = base_loss(config, str(self._general_cache), inputs.store)
+            own = base_loss(config, str(self.general_cache), inputs.store)
             losses = dict.fromkeys(config.evaluation.defences, own)
             after = [mask.metrics["base_loss_after"] for mask in masks if mask.values]
             if after:

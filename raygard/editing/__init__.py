@@ -32,6 +32,7 @@ __all__ = [
     "IMMASettings",
     "TextModel",
     "UCESettings",
+    "choose_edit",
     "edit_model",
     "freeze_after",
     "imma_values",
@@ -103,6 +104,12 @@ def edit_model(name: str, unet: nn.Module, material: EditMaterial, **settings: A
     settings: override fields of the method's settings.
     Raises RaygardError for an unknown name or setting, listing the known ones, and what the method raises.
     """
+    method, chosen = choose_edit(name, **settings)
+    return Edit.create(unet, method(unet, material, chosen), name, **asdict(chosen), seed=material.seed)
+
+
+def choose_edit(name: str, **settings: Any) -> tuple[Method, Any]:
+    """The method called `name` and its settings with the given ones. Raises RaygardError as `edit_model` does."""
     if name not in EDITS:
         raise RaygardError(f"unknown weight-editing defence '{name}'{nearest(name, EDITS)}")
     method, defaults = EDITS[name]
@@ -110,8 +117,10 @@ def edit_model(name: str, unet: nn.Module, material: EditMaterial, **settings: A
     for key in settings:
         if key not in known:
             raise RaygardError(f"'{name}' has no setting '{key}'{nearest(key, known)}")
-    chosen = replace(defaults, **settings)
-    return Edit.create(unet, method(unet, material, chosen), name, **asdict(chosen), seed=material.seed)
+    try:
+        return method, replace(defaults, **settings)
+    except TypeError as error:
+        raise RaygardError(f"'{name}': a setting is of the wrong kind ({error})") from None
 
 
 def _uce(unet: nn.Module, material: EditMaterial, settings: UCESettings) -> dict[str, Tensor]:

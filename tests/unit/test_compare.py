@@ -319,9 +319,36 @@ def test_edits_may_be_named_and_set() -> None:
         "imma": ("imma", {}),
         "imma-strong": ("imma", {"outer_lr": 0.1}),
     }
+    assert config("compare.edits=[{name: x, method: imma, outer_lr: 1e-4}]").compare.edits[0]["outer_lr"] == 1e-4
+    with pytest.raises(RaygardError, match="must be finite"):
+        config("compare.edits=[{name: x, method: imma, outer_lr: 1e999}]")
     with pytest.raises(RaygardError, match="unknown weight-editing defence 'imma'"):
         edit_settings({"uce": 0}, settings)
     with pytest.raises(RaygardError, match="that name is taken"):
         edit_settings({"uce": 0, "imma": 0}, config("compare.edits=[{name: uce, method: imma}]"))
     with pytest.raises(RaygardError, match="must be a number or a word"):
         config("compare.edits=[{name: x, method: imma, rounds: [1]}]")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.defences=[none, freze]", "did you mean 'freeze'"),
+        ("compare.defences=[none, uce+imma]", "no mask is called 'imma'"),
+        ("compare.adaptations=[full, {name: x, method: loar}]", "unknown adaptation 'loar'.*did you mean 'lora'"),
+        ("compare.scorers=[style]", "unknown scorer 'style'"),
+        ("compare.edits=[{name: x, method: imma, outer: 1}]", "'imma' has no setting 'outer'"),
+        ("compare.mask=no/such/folder", "is not a mask"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tiny_sd: Path, imagefolder: Any, tmp_path: Path, override: str, message: str
+) -> None:
+    from raygard.compare_flow import CompareFlow
+
+    data = imagefolder({"a": 48, "c": 48})
+    paths = [f"domain.data={data}", f"model.pretrained_model_name_or_path={tiny_sd}"]
+    settings = load_config(None, [*paths, "domain.illegal=[a]", "domain.legal=[c]", override])
+    with pytest.raises(RaygardError, match=message) as caught:
+        CompareFlow(settings, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

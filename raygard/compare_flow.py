@@ -1,0 +1,352 @@
+"""The comparison: learn or load a mask, edit the release, let every user meet every defence, write the matrix.
+
+The numbers are made by `raygard.compare`, the work is done by the evaluation actors and kept in the store, so a
+comparison that was cut off goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raygard.adaptation import get_adaptation
+from raygard.baselines import DEFENCES, DRAWN
+from raygard.compare.matrix import Matrix, Scale, to_csv
+from raygard.compare.plan import Cell, Defence, Variant, classes, edit_settings, parse_defences, plan_cells, variants
+from raygard.compare.tables import to_latex, to_markdown, to_text
+from raygard.config import RunConfig
+from raygard.defences import save_controls
+from raygard.diffusion.model import load_unet
+from raygard.editing import EDITS, Edit, choose_edit, freeze_after
+from raygard.errors import RaygardError
+from raygard.files import write_text
+from raygard.flow import Flow
+from raygard.mask import FreezeMask
+from raygard.outcome import BASE, LEARNED, NONE
+from raygard.progress import Progress
+from raygard.report.matrix import build_matrix_page
+from raygard.scoring import SCORERS, check_evaluation, get_scorer
+
+log = logging.getLogger("raygard")
+
+MATRIX, SUMMARY, PAGE = "matrix.csv", "summary.json", "compare.html"
+# The rows are written this often while results arrive.
+WRITE_INTERVAL_S = 1.0
+TABLES = {"tables.md": to_markdown, "tables.tex": to_latex}
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a defence releases for one draw.
+
+    mask: folder of a mask. edit: file of the edit that users have to apply before it. values: file of the edit that is
+    part of the release, also where the mask carries it.
+    """
+
+    draw: int = 0
+    mask_seed: int | None = None
+    mask: str | None = None
+    edit: str | None = None
+    values: str | None = None
+
+
+class CompareFlow:
+    """One comparison in one directory."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: str | Path,
+        progress: Progress | None = None,
+        connect: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Check every name and a given mask before anything is written; arguments as for `Flow`.
+
+        Raises RaygardError for an unknown defence, edit, adaptation or scorer, listing the known ones.
+        """
+        self.edits = edit_settings(EDITS, config)
+        for method, settings in self.edits.values():
+            choose_edit(method, **settings)
+        self.defences = parse_defences(config.compare.defences, self.edits, DEFENCES)
+        self.variants = variants(config)
+        for variant in self.variants:
+            get_adaptation(variant.config.method)
+        self.scorers = tuple(dict.fromkeys((config.evaluation.scorer, *config.compare.scorers)))
+        for name in self.scorers[1:]:
+            check_evaluation(name)
+            get_scorer(name)
+        unet = load_unet(config.model)
+        self.given: FreezeMask | None = None
+        if config.compare.mask is not None:
+            self.given = FreezeMask.load(config.compare.mask)
+            self.given.apply(unet)
+        self.num_params = sum(parameter.numel() for parameter in unet.parameters())
+        self.flow = Flow(config, out, progress, connect)
+        self.config, self.dir = self.flow.config, self.flow.dir
+        self.progress = self.flow.progress
+        self._written = -math.inf
+        self.matrix = Matrix(self.config, self.variants, [_scale(name) for name in self.scorers], self.num_params)
+
+    def run(self) -> dict[str, Any]:
+        """The whole comparison; returns what summary.json holds."""
+        with self.flow.parent:
+            releases = self._releases()
+            self.matrix.cells = self._cells(releases)
+            self._write_rows()
+            for scorer in self.scorers:
+                self._measure(scorer, releases)
+            summary = self._write_tables()
+            self._track(summary)
+        return summary
+
+    def text(self) -> str:
+        """The tables for a terminal."""
+        return to_text(self.matrix.summaries())
+
+    # What is released
+
+    def _releases(self) -> dict[str, list[Release]]:
+        """Every defence that could be made, and why the others could not (`Matrix.lost`)."""
+        folder = self.dir / "masks"
+        learned = self._learned() if any(defence.mask for defence in self.defences) else {}
+        paths: dict[tuple[str, int], str] = {}
+        edits: dict[str, Path] = {}
+        lost: dict[str, str] = {}
+        for mask in dict.fromkeys(defence.mask for defence in self.defences if defence.mask):
+            try:
+                paths |= self._masks(mask, learned, folder)
+            except RaygardError as error:
+                lost |= {defence.name: str(error) for defence in self.defences if defence.mask == mask}
+        for edit in dict.fromkeys(defence.edit for defence in self.defences if defence.edit):
+            try:
+                edits[edit] = self._edit(edit)
+            except RaygardError as error:
+                lost |= {defence.name: str(error) for defence in self.defences if defence.edit == edit}
+        found: dict[str, list[Release]] = {}
+        for defence in self.defences:
+            if defence.name in lost:
+                continue
+            try:
+                found[defence.name] = self._release(defence, paths, edits, learned, folder)
+            except RaygardError as error:
+                lost[defence.name] = str(error)
+        if NONE in lost:
+            raise RaygardError(lost[NONE])
+        for name, why in lost.items():
+            log.warning("defence %s cannot be made: %s", name, why)
+        self.matrix.lost = lost
+        return found
+
+    def _learned(self) -> dict[int | None, FreezeMask]:
+        """Learned masks by seed; a given one has none."""
+        if self.given is not None:
+            return {None: self.given}
+        return dict(zip(self.config.evaluation.mask_seeds, self.flow.learn_all(), strict=True))
+
+    def _masks(self, name: str, learned: Mapping[int | None, FreezeMask], folder: Path) -> dict[tuple[str, int], str]:
+        """Save the masks of a defence: {(name, draw or place of the mask seed): folder}."""
+        if name == LEARNED:
+            saved = [mask.save(folder / f"{name}-{place}") for place, mask in enumerate(learned.values())]
+            return {(name, place): str(path) for place, path in enumerate(saved)}
+        return save_controls(self.config, next(iter(learned.values())), folder, [name], self.flow.relearn)
+
+    def _edit(self, name: str) -> Path:
+        """The file of an edit, made in a task unless it is there."""
+        from raygard.cluster.edits import make_edit
+
+        method, settings = self.edits[name]
+        cache, general = self.flow.learn_cache, self.flow.general_cache
+        inputs = {
+            "method": method, "settings": settings, "model": self.flow.model_hash, "seed": self.config.seed,
+            "cache": cache.name, "general": None if general is None else general.name,
+            "classes": [self.config.domain.illegal, self.config.domain.legal, self.config.domain.general],
+        }  # fmt: skip
+        with self.dir.stage(f"edits/{name}", inputs) as (folder, done), self.progress.bar(f"edit: {name}", 1) as bar:
+            file = folder / "edit.safetensors"
+            if not done:
+                make_edit(self.config, method, settings, cache, general, file)
+            bar.advance(1, "")
+        return file
+
+    def _release(
+        self,
+        defence: Defence,
+        paths: Mapping[tuple[str, int], str],
+        edits: Mapping[str, Path],
+        learned: Mapping[int | None, FreezeMask],
+        folder: Path,
+    ) -> list[Release]:
+        edit = str(edits[defence.edit]) if defence.edit else None
+        if defence.mask is None:
+            return [Release(edit=edit, values=edit)]
+        found = []
+        seeds = list(learned)
+        for (name, number), path in paths.items():
+            if name != defence.mask:
+                continue
+            draw, seed = (0, seeds[number]) if name == LEARNED else (number, seeds[0])
+            release = Release(draw, seed, path)
+            if edit is not None:
+                mask = FreezeMask.load(path)
+                guarded = freeze_after(
+                    load_unet(self.config.model),
+                    Edit.load(edit),
+                    mask.frozen_names,
+                    base_model=mask.base_model,
+                    domain=mask.domain,
+                    config_hash=mask.config_hash,
+                )
+                saved = guarded.mask.save(folder / f"{defence.name}-{number}")
+                # A mask that carries the whole edit belongs to the original base.
+                given = edit if guarded.needs_edited_base else None
+                release = replace(release, mask=str(saved), edit=given, values=edit)
+            found.append(release)
+        return found
+
+    def _cells(self, releases: Mapping[str, Sequence[Release]]) -> list[Cell]:
+        """Every user; a defence that could not be made has the cells it would have had."""
+        places: dict[str, list[tuple[int, int | None]]] = {}
+        for defence in self.defences:
+            made = releases.get(defence.name)
+            if made is None:
+                draws = self.config.evaluation.random_draws if defence.mask in DRAWN else 1
+                places[defence.name] = [(draw, None) for draw in range(draws)]
+            else:
+                places[defence.name] = [(release.draw, release.mask_seed) for release in made]
+        return [cell for variant in self.variants for cell in plan_cells(self.config, variant.name, places)]
+
+    # What users make of it
+
+    def _measure(self, scorer: str, releases: Mapping[str, Sequence[Release]]) -> None:
+        """Results of every cell under one scorer, and the releases' own losses; from the store where it has them."""
+        from raygard.cluster.evaluation import EvaluationPool, base_loss
+
+        config = self._with_scorer(scorer)
+        inputs = self.flow.evaluation_inputs(self.dir / "evaluation")
+        with EvaluationPool.start(config) as pool:
+            self._base(config, inputs, pool, scorer)
+            for variant in self.variants:
+                self._meet(config, inputs, pool, scorer, variant, releases)
+            general = self.flow.general_cache
+            if general is not None and not self.matrix.base_loss:
+                losses = {
+                    values: base_loss(config, str(general), inputs.store, values)
+                    for values in dict.fromkeys(each.values for made in releases.values() for each in made)
+                }
+                for name, made in releases.items():
+                    self.matrix.base_loss[name] = losses[made[0].values]
+
+    def _base(self, config: RunConfig, inputs: Any, pool: Any, scorer: str) -> None:
+        from raygard.cluster.evaluation import EvaluationJob, run_jobs
+
+        jobs = [EvaluationJob(BASE, cls, role) for cls, role in classes(config)]
+        with self.progress.bar(f"the release itself, {scorer}", len(jobs)) as bar:
+            found = run_jobs(jobs, _inputs_for(inputs, config), pool, on_result=lambda r: bar.advance(1, r["class"]))
+        for result in found:
+            self.matrix.add(scorer, "", result)
+        if all(result.get("failed") for result in found):
+            raise RaygardError(f"{found[0]['job_id']}: {found[0]['reason']} (nothing can be measured without it)")
+
+    def _meet(
+        self,
+        config: RunConfig,
+        inputs: Any,
+        pool: Any,
+        scorer: str,
+        variant: Variant,
+        releases: Mapping[str, Sequence[Release]],
+    ) -> None:
+        """All users of one adaptation."""
+        from raygard.cluster.evaluation import run_jobs
+
+        masked, plain = self._jobs(variant, releases)
+        with self.progress.bar(f"{variant.name}, {scorer}", len(masked) + len(plain)) as bar:
+
+            def on_result(result: dict[str, Any]) -> None:
+                where = f"{result['defence']} / {result['class']}"
+                bar.advance(1, f"{where}: {'failed' if result.get('failed') else format(result['distance'], '.4f')}")
+                if not result.get("failed") and result["audit_ok"] is False:
+                    raise RaygardError(
+                        f"a frozen tensor moved during {where}: this is a defect of raygard, please report it"
+                    )
+                self.matrix.add(scorer, variant.name, result)
+                if time.monotonic() - self._written > WRITE_INTERVAL_S:
+                    self._write_rows()
+
+            for jobs, adapt in ((plain, variant.without_mask()), (masked, variant.config)):
+                if jobs:
+                    adapted = config.model_copy(update={"adapt": adapt})
+                    run_jobs(jobs, _inputs_for(inputs, adapted), pool, on_result=on_result)
+        self._write_rows()
+
+    def _jobs(self, variant: Variant, releases: Mapping[str, Sequence[Release]]) -> tuple[list[Any], list[Any]]:
+        """Jobs with a mask, and jobs without."""
+        from raygard.cluster.evaluation import EvaluationJob
+
+        masked: list[Any] = []
+        plain: list[Any] = []
+        for seed in self.config.evaluation.adaptation_seeds:
+            for name, made in releases.items():
+                for each in made:
+                    for cls, role in classes(self.config):
+                        job = EvaluationJob(name, cls, role, each.draw, each.mask_seed, seed, each.mask, each.edit)
+                        (masked if each.mask else plain).append(job)
+        return masked, plain
+
+    def _with_scorer(self, scorer: str) -> RunConfig:
+        return self.config.model_copy(
+            update={"evaluation": self.config.evaluation.model_copy(update={"scorer": scorer})}
+        )
+
+    # What comes of it
+
+    def _write_rows(self) -> list[dict[str, Any]]:
+        rows = self.matrix.rows()
+        write_text(self.dir / MATRIX, to_csv(rows))
+        self._written = time.monotonic()
+        return rows
+
+    def _write_tables(self) -> dict[str, Any]:
+        rows = self._write_rows()
+        counts = Counter(row["status"] for row in rows)
+        tables = self.matrix.summaries()
+        for name, render in TABLES.items():
+            write_text(self.dir / name, render(tables))
+        summary = {"domain": self.config.domain.name, "cells": dict(counts), "tables": tables}
+        write_text(self.dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        build_matrix_page(tables, counts, self.config.model_dump(mode="json"), self.dir.info, self.dir / PAGE)
+        return summary
+
+    def _track(self, summary: Mapping[str, Any]) -> None:
+        for table in summary["tables"]:
+            place = f"{table['scorer']}_{table['adaptation']}"
+            values = {
+                re.sub(r"\W", "_", f"{place}_{entry['defence']}_{name}"): entry[name]
+                for entry in table["defences"]
+                for name in ("mitigation", "legal_impact")
+                if entry[name] is not None
+            }
+            if values:
+                self.flow.parent.metrics(values, step=0)
+        for name in (MATRIX, SUMMARY, PAGE, *TABLES):
+            self.flow.parent.artifact(self.dir / name)
+
+
+def _inputs_for(inputs: Any, config: RunConfig) -> Any:
+    """`EvaluationInputs` for another configuration of the same model and domain."""
+    return replace(inputs, config=config.model_dump(mode="json"))
+
+
+def _scale(scorer: str) -> Scale:
+    found: Any = SCORERS[scorer]
+    # A class tells these without loading any weights; a plain function must be called first.
+    told = found if hasattr(found, "direction") and hasattr(found, "unit") else found()
+    return Scale(scorer, str(told.direction), str(told.unit))

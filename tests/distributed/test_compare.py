@@ -1,0 +1,111 @@
+"""The matrix on real actors: impossible cells are rows, and a comparison that was killed ends as one that was not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raygard.cli import main
+from raygard.compare.matrix import COSTS
+from raygard.diffusion.model import load_unet
+from raygard.mask import FreezeMask
+from tests.evaluation_bench import OVERRIDES, Bench, make_bench
+
+pytestmark = pytest.mark.distributed
+
+SETTINGS = (
+    "domain.illegal=[a]",
+    "domain.legal=[c]",
+    "domain.general=[d]",
+    "evaluation.half=user",
+    "evaluation.bootstrap_samples=100",
+    "tracking.enabled=false",
+    "compare.defences=[none, freeze, uce, uce+freeze, imma-bad]",
+    "compare.edits=[{name: imma-bad, method: imma, rounds: 2, outer_lr: 1.0e30}]",
+    "compare.adaptations=[full, {name: lora, method: lora, max_train_steps: 3}, {name: ignoring, method: full, "
+    "ignore_mask: true}]",
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Bench:
+    made = make_bench(tmp_path_factory.mktemp("compare"), tiny_maker, imagefolder_maker)
+    unet = load_unet(made.config().model)
+    # All that LoRA would adapt, so that under this mask it has nothing to train.
+    frozen = [name for name, _ in unet.named_parameters() if ".to_" in name]
+    FreezeMask.create(unet, frozen).save(made.root / "mask")
+    return made
+
+
+def command(bench: Bench, out: Path) -> list[str]:
+    paths = [f"domain.data={bench.root / 'data'}", f"model.pretrained_model_name_or_path={bench.root / 'sd'}"]
+    mask = f"compare.mask={bench.root / 'mask'}"
+    return ["compare", "--out", str(out), "--quiet", *paths, *OVERRIDES, *SETTINGS, mask]
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "matrix.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def without_costs(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name not in COSTS} for row in rows]
+
+
+def test_a_comparison_that_was_killed_ends_as_an_undisturbed_one(
+    bench: Bench, ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    out = tmp_path / "killed"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "raygard.cli", *command(bench, out)],
+        env={**os.environ, "RAY_ADDRESS": address}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while len(list((out / "store").glob("*/score-*.json"))) < 3:
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()[0][-3000:]
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    half = table(out)
+    assert "unfinished" in {row["status"] for row in half} and len(half) == 3 * 5 * 2
+    kept = {file: file.stat().st_mtime_ns for file in (out / "store").glob("*/score-*.json")}
+
+    for folder in (out, tmp_path / "whole"):
+        monkeypatch.setattr(sys, "argv", ["raygard", *command(bench, folder)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    rows = table(out)
+    assert without_costs(rows) == without_costs(table(tmp_path / "whole"))
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items()) and len(kept) >= 3
+
+    reasons = {(row["adaptation"], row["defence"]): row["reason"] for row in rows if row["status"] == "failed"}
+    assert {defence for _, defence in reasons} == {"freeze", "uce+freeze", "imma-bad"}
+    assert "the mask freezes all" in reasons["lora", "freeze"] and "IMMA" in reasons["full", "imma-bad"]
+    assert ("full", "freeze") not in reasons
+    done = {(row["adaptation"], row["defence"], row["class"]): row for row in rows if row["status"] == "done"}
+    assert done["full", "none", "a"]["store"] == done["ignoring", "none", "a"]["store"]
+    assert done["full", "freeze", "a"]["store"] != done["ignoring", "freeze", "a"]["store"]
+    assert done["ignoring", "freeze", "a"]["outside_mask"] and not done["full", "freeze", "a"]["outside_mask"]
+    # A mask that freezes every edited tensor carries the edit, and its user trains as much as under the mask alone.
+    assert done["full", "uce+freeze", "a"]["trainable_params"] == done["full", "freeze", "a"]["trainable_params"]
+    assert all(0 < float(row["trainable_share"]) <= 1 and float(row["seconds_adapt"]) > 0 for row in done.values())
+    printed = capsys.readouterr().out
+    assert "outside every mask: the mask is ignored" in printed and "failed" in printed
+    text = (out / "tables.md").read_text()
+    defences = json.loads((out / "summary.json").read_text())["tables"][0]["defences"]
+    losses = {entry["defence"]: entry["base_loss"] for entry in defences}
+    assert losses["uce"] == losses["uce+freeze"] != losses["freeze"] == losses["none"] > 0
+    assert text.count("## ") == 3 and "base loss" in text and (out / "compare.html").stat().st_size > 10_000
