@@ -38,8 +38,8 @@ from raygard.scoring import SCORERS, check_evaluation, get_scorer
 log = logging.getLogger("raygard")
 
 MATRIX, SUMMARY, PAGE = "matrix.csv", "summary.json", "compare.html"
-# The rows are written this often while results arrive.
-WRITE_INTERVAL_S = 1.0
+# While results arrive, files are written again when this many times what their last writing took has passed.
+REST = 20.0
 TABLES = {"tables.md": to_markdown, "tables.tex": to_latex}
 
 
@@ -81,8 +81,11 @@ class CompareFlow:
             get_adaptation(variant.config.method)
         self.scorers = tuple(dict.fromkeys((config.evaluation.scorer, *config.compare.scorers)))
         for name in self.scorers[1:]:
-            check_evaluation(name)
-            get_scorer(name)
+            try:
+                check_evaluation(name)
+                get_scorer(name)
+            except RaygardError as error:
+                raise RaygardError(f"compare.scorers: {error}") from None
         unet = load_unet(config.model)
         self.given: FreezeMask | None = None
         if config.compare.mask is not None:
@@ -92,7 +95,7 @@ class CompareFlow:
         self.flow = Flow(config, out, progress, connect)
         self.config, self.dir = self.flow.config, self.flow.dir
         self.progress = self.flow.progress
-        self._written = -math.inf
+        self._due = {"rows": 0.0, "tables": 0.0}
         self.matrix = Matrix(self.config, self.variants, [_scale(name) for name in self.scorers], self.num_params)
 
     def run(self) -> dict[str, Any]:
@@ -100,10 +103,12 @@ class CompareFlow:
         with self.flow.parent:
             releases = self._releases()
             self.matrix.cells = self._cells(releases)
-            self._write_rows()
-            for scorer in self.scorers:
-                self._measure(scorer, releases)
-            summary = self._write_tables()
+            self._write()
+            try:
+                for scorer in self.scorers:
+                    self._measure(scorer, releases)
+            finally:
+                summary = self._write()
             self._track(summary)
         return summary
 
@@ -213,14 +218,20 @@ class CompareFlow:
 
     def _cells(self, releases: Mapping[str, Sequence[Release]]) -> list[Cell]:
         """Every user; a defence that could not be made has the cells it would have had."""
+        evaluation = self.config.evaluation
+        seeds: Sequence[int | None] = (None,) if self.given is not None else evaluation.mask_seeds
         places: dict[str, list[tuple[int, int | None]]] = {}
         for defence in self.defences:
             made = releases.get(defence.name)
-            if made is None:
-                draws = self.config.evaluation.random_draws if defence.mask in DRAWN else 1
-                places[defence.name] = [(draw, None) for draw in range(draws)]
-            else:
+            if made is not None:
                 places[defence.name] = [(release.draw, release.mask_seed) for release in made]
+            elif defence.mask is None:
+                places[defence.name] = [(0, None)]
+            elif defence.mask == LEARNED:
+                places[defence.name] = [(0, seed) for seed in seeds]
+            else:
+                draws = evaluation.random_draws if defence.mask in DRAWN else 1
+                places[defence.name] = [(draw, seeds[0]) for draw in range(draws)]
         return [cell for variant in self.variants for cell in plan_cells(self.config, variant.name, places)]
 
     # What users make of it
@@ -233,16 +244,17 @@ class CompareFlow:
         inputs = self.flow.evaluation_inputs(self.dir / "evaluation")
         with EvaluationPool.start(config) as pool:
             self._base(config, inputs, pool, scorer)
-            for variant in self.variants:
-                self._meet(config, inputs, pool, scorer, variant, releases)
             general = self.flow.general_cache
             if general is not None and not self.matrix.base_loss:
                 losses = {
                     values: base_loss(config, str(general), inputs.store, values)
                     for values in dict.fromkeys(each.values for made in releases.values() for each in made)
                 }
-                for name, made in releases.items():
-                    self.matrix.base_loss[name] = losses[made[0].values]
+                # An edit may have no finite loss: its cells then fail and say so, and JSON has no number for it.
+                known = {name: losses[made[0].values] for name, made in releases.items()}
+                self.matrix.base_loss = {name: loss for name, loss in known.items() if math.isfinite(loss)}
+            for variant in self.variants:
+                self._meet(config, inputs, pool, scorer, variant, releases)
 
     def _base(self, config: RunConfig, inputs: Any, pool: Any, scorer: str) -> None:
         from raygard.cluster.evaluation import EvaluationJob, run_jobs
@@ -278,14 +290,12 @@ class CompareFlow:
                         f"a frozen tensor moved during {where}: this is a defect of raygard, please report it"
                     )
                 self.matrix.add(scorer, variant.name, result)
-                if time.monotonic() - self._written > WRITE_INTERVAL_S:
-                    self._write_rows()
+                self._write_if_due()
 
             for jobs, adapt in ((plain, variant.without_mask()), (masked, variant.config)):
                 if jobs:
                     adapted = config.model_copy(update={"adapt": adapt})
                     run_jobs(jobs, _inputs_for(inputs, adapted), pool, on_result=on_result)
-        self._write_rows()
 
     def _jobs(self, variant: Variant, releases: Mapping[str, Sequence[Release]]) -> tuple[list[Any], list[Any]]:
         """Jobs with a mask, and jobs without."""
@@ -308,13 +318,21 @@ class CompareFlow:
 
     # What comes of it
 
+    def _write_if_due(self) -> None:
+        for what, write in (("rows", self._write_rows), ("tables", self._write)):
+            started = time.monotonic()
+            if started >= self._due[what]:
+                write()
+                ended = time.monotonic()
+                self._due[what] = ended + REST * (ended - started)
+
     def _write_rows(self) -> list[dict[str, Any]]:
         rows = self.matrix.rows()
         write_text(self.dir / MATRIX, to_csv(rows))
-        self._written = time.monotonic()
         return rows
 
-    def _write_tables(self) -> dict[str, Any]:
+    def _write(self) -> dict[str, Any]:
+        """Everything there is to write of the cells so far; returns what summary.json holds."""
         rows = self._write_rows()
         counts = Counter(row["status"] for row in rows)
         tables = self.matrix.summaries()

@@ -15,6 +15,8 @@ from raygard.errors import nearest
 
 # Keys of a variant of an adaptation that are no settings of `adapt`.
 NAME, METHOD, TIMES = "name", "method", "times"
+# Of an edit, which has a folder of its own.
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -62,6 +64,8 @@ class CompareConfig(Section):
         edits = tuple({key: _number(value) for key, value in entry.items()} for entry in edits)
         for entry in edits:
             _check_names(entry, "an edit")
+            if not FOLDER_NAME.fullmatch(entry[NAME]):
+                raise ValueError(f"an edit's name has letters, digits, '.', '_' and '-' only, got {entry[NAME]!r}")
             for key, value in entry.items():
                 # Settings are saved as JSON beside the edit.
                 if value is not None and not isinstance(value, str | int | float | bool):

@@ -91,9 +91,7 @@ def build_outcome(
     """
     table = _index(results, config.evaluation.defences)
     direction = direction or _direction(config.evaluation.scorer)
-    if direction not in ("distance", "similarity"):
-        raise RaygardError(f"scorer direction '{direction}' must be 'distance' or 'similarity'")
-    sign = 1.0 if direction == "distance" else -1.0
+    sign = _sign(direction)
     classes = [_gap(name, table, sign) for name in table.roles]
     counted = {c["class"] for c in classes if c["counted"]}
     samples = _bootstrap(table, counted, config)
@@ -135,6 +133,25 @@ def build_outcome(
         }
     )
     return outcome.model_dump(mode="json", by_alias=True)
+
+
+def resampled_outcome(
+    results: Sequence[Mapping[str, Any]], config: RunConfig, direction: str
+) -> dict[tuple[str, str], Array]:
+    """Mitigation (role illegal) and legal impact (role legal) in every bootstrap sample: {(defence, role): (B,)}.
+
+    The samples behind the intervals of `build_outcome`, whose arguments and errors these are: pictures and seeds are
+    resampled alike for all defences and scorers, so differences are paired. A role without a counted class is left out.
+    """
+    table, sign = _index(results, config.evaluation.defences), _sign(direction)
+    counted = {name for name in table.roles if _gap(name, table, sign)["counted"]}
+    return _bootstrap(table, counted, config)
+
+
+def _sign(direction: str) -> float:
+    if direction not in ("distance", "similarity"):
+        raise RaygardError(f"scorer direction '{direction}' must be 'distance' or 'similarity'")
+    return 1.0 if direction == "distance" else -1.0
 
 
 def _direction(scorer: str) -> str:

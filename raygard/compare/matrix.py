@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from raygard.compare.equal_impact import equal_impact
 from raygard.compare.plan import Cell, Variant, classes
 from raygard.compare.similarity import sgr, similarity
 from raygard.config import RunConfig
 from raygard.errors import RaygardError
-from raygard.outcome import BASE, NONE, ROLES, build_outcome
+from raygard.outcome import BASE, NONE, ROLES, build_outcome, resampled_outcome
 
 DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
 COLUMNS = (
@@ -70,8 +71,9 @@ class Matrix:
         return [row for scale in self.scales for variant in self.variants for row in self._rows(scale, variant)]
 
     def summaries(self) -> list[dict[str, Any]]:
-        """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit",
-        "defences", "classes", "notes", "around", "reasons"}, and one entry of "defences" for each defence."""
+        """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit", "release",
+        "defences", "comparisons", "equal_impact", "classes", "notes", "around", "reasons"}, and one entry of "defences"
+        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's."""
         return [self._summary(scale, variant) for scale in self.scales for variant in self.variants]
 
     def _cells(self, variant: Variant) -> list[Cell]:
@@ -97,19 +99,32 @@ class Matrix:
             if status == DONE
         }
         known = {cell.cls for cell in done if cell.defence == NONE}
-        base = {cls: found for (scorer, cls), found in self.base.items() if scorer == scale.name}
-        known &= {cls for cls, found in base.items() if not found.get("failed")}
-        own = [{**found, "adaptation": variant.name} for cell, found in done.items() if cell.cls in known]
-        return [*(base[cls] for cls, _ in classes(self.config) if cls in known), *own]
+        base = {cls: found for cls in known if (found := self._base(scale, cls)) is not None}
+        own = [{**found, "adaptation": variant.name} for cell, found in done.items() if cell.cls in base]
+        return [*(base[cls] for cls, _ in classes(self.config) if cls in base), *own]
 
-    def _outcome(self, scale: Scale, variant: Variant) -> dict[str, Any] | None:
-        """outcome.json's content of one adaptation under one scorer; None without any class that can be measured."""
+    def _base(self, scale: Scale, cls: str) -> Result | None:
+        """The untouched release's own result; None if it failed or is not there yet."""
+        found = self.base.get((scale.name, cls))
+        return None if found is None or found.get("failed") else found
+
+    def _outcome(self, scale: Scale, variant: Variant) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """outcome.json's content of one adaptation under one scorer, and what `equal_impact` says of it.
+
+        None without any class that can be measured.
+        """
         measured = self._measured(scale, variant)
         if not measured:
-            return None
+            return None, None
         evaluation = self.config.evaluation.model_copy(update={"scorer": scale.name})
         config = self.config.model_copy(update={"evaluation": evaluation})
-        return build_outcome(measured, config, self.base_loss, direction=scale.direction)
+        outcome = build_outcome(measured, config, self.base_loss, direction=scale.direction)
+        points = {
+            entry["defence"]: (entry["legal_impact"], entry["mitigation"])
+            for entry in outcome["summary"]
+            if entry["legal_impact"] is not None and entry["mitigation"] is not None
+        }
+        return outcome, equal_impact(points, resampled_outcome(measured, config, scale.direction))
 
     def _rows(self, scale: Scale, variant: Variant) -> list[dict[str, Any]]:
         yardsticks = self._yardsticks(scale, variant)
@@ -158,14 +173,19 @@ class Matrix:
         }
 
     def _summary(self, scale: Scale, variant: Variant) -> dict[str, Any]:
-        outcome = self._outcome(scale, variant)
+        outcome, equal = self._outcome(scale, variant)
         rows = self._rows(scale, variant)
+        names = dict(classes(self.config))
+        base = {cls: found["distance"] for cls in names if (found := self._base(scale, cls)) is not None}
         found = {entry["defence"]: entry for entry in outcome["summary"]} if outcome else {}
         counted = {entry["class"] for entry in outcome["classes"] if entry["counted"]} if outcome else set()
         defences = []
         for name in dict.fromkeys(row["defence"] for row in rows):
             own = [row for row in rows if row["defence"] == name]
-            defences.append({"defence": name, **_measures(found.get(name)), **_means(own, counted)})
+            plain = _plain(
+                {cls: _mean([row["distance"] for row in own if row["class"] == cls]) for cls in names}, names
+            )
+            defences.append({"defence": name, **_measures(found.get(name)), **plain, **_means(own, counted)})
         notes = list(outcome["notes"]) if outcome else []
         missing = [cls for cls, _ in classes(self.config) if cls not in self._yardsticks(scale, variant)]
         if missing:
@@ -179,7 +199,10 @@ class Matrix:
             "unit": scale.unit,
             "adaptation": variant.name,
             "method": variant.config.method,
+            "release": _plain(base, names),
             "defences": defences,
+            "comparisons": outcome["comparisons"] if outcome else [],
+            "equal_impact": equal,
             "classes": outcome["classes"] if outcome else [],
             "notes": notes,
             "around": sorted({row["outside_mask"] for row in rows if row["outside_mask"]}),
@@ -216,6 +239,18 @@ MEASURES = (
 
 def _measures(entry: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: entry[name] if entry else None for name in MEASURES}
+
+
+def _plain(distances: Mapping[str, float | None], roles: Mapping[str, str]) -> dict[str, float | None]:
+    """{"distance_illegal", "distance_legal"}: plain means over all classes of a role, None unless all have a number.
+
+    Unlike the sums these leave no class out, as in the paper's tables.
+    """
+    found: dict[str, float | None] = {}
+    for role in ROLES:
+        values = [distances.get(cls) for cls, own in roles.items() if own == role]
+        found[f"distance_{role}"] = None if None in values else _mean(values)
+    return found
 
 
 def _means(rows: Sequence[Mapping[str, Any]], counted: set[str]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from raygard.compare.equal_impact import answer
 from raygard.compare.matrix import DONE, FAILED, UNFINISHED
-from raygard.outcome import bracket
+from raygard.outcome import LEARNED, bracket
 
 Summary = Mapping[str, Any]
 Lines = list[list[str]]
@@ -18,10 +19,11 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 HEADER = (
-    "defence", "tensors", "params", "mitigation [95 %]", "legal impact [95 %]", "rel. illegal", "rel. legal",
-    "SGR illegal", "SGR legal", "base loss", "s", "peak MiB", "trained", "cells",
+    "defence", "tensors", "params", "mitigation [95 %]", "legal impact [95 %]", "illegal", "legal", "rel. illegal",
+    "rel. legal", "SGR illegal", "SGR legal", "base loss", "s", "peak MiB", "trained", "cells",
 )  # fmt: skip
 NO_FACE = "no face"
+RELEASE = "(the release itself)"
 
 
 def heading(summary: Summary) -> str:
@@ -31,16 +33,21 @@ def heading(summary: Summary) -> str:
 
 
 def lines(summary: Summary) -> Lines:
-    """The header and one line for each defence; "-" where there is no number.
+    """The header, the untouched release's own distances, and one line for each defence; "-" where there is no number.
 
-    `s`: mean seconds of an adaptation. `trained`: trained numbers as a share of the denoiser's. `cells`: done of all,
-    and how many failed or are unfinished. A column for pictures without a face where the scorer looks for faces.
+    `illegal`, `legal`: plain mean distances in the scorer's unit. `s`: mean seconds of an adaptation. `trained`:
+    trained numbers as a share of the denoiser's. `cells`: done of all, and how many failed or are unfinished. A column
+    for pictures without a face where the scorer looks for faces.
     """
     faces = any(entry["undetected"] is not None for entry in summary["defences"])
     table = [[*HEADER, *([NO_FACE] if faces else [])]]
+    release = {"illegal": "distance_illegal", "legal": "distance_legal"}
+    own = [_number(summary["release"][release[name]], ".4f") if name in release else "-" for name in table[0][1:]]
+    table.append([RELEASE, *own])
     for entry in summary["defences"]:
         line = [entry["defence"], _percent(entry["freeze_ratio"]), _percent(entry["param_share"])]
         line += [_with_interval(entry, "mitigation"), _with_interval(entry, "legal_impact")]
+        line += [_number(entry[f"distance_{role}"], ".4f") for role in ("illegal", "legal")]
         line += [_percent(entry[f"relative_{role}"], "+") for role in ("illegal", "legal")]
         line += [_percent(entry[f"sgr_{role}"], "+") for role in ("illegal", "legal")]
         line += [_number(entry["base_loss"], ".4f"), _number(entry["seconds_adapt"], ".1f")]
@@ -52,9 +59,15 @@ def lines(summary: Summary) -> Lines:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What must be read with a table: what went around the masks, why cells have no number, what intervals hold."""
-    found = [f"Outside every mask: {what}." for what in summary["around"]]
+    """What must be read with a table: the learned mask against the best baseline, what went around the masks, why cells
+    have no number, what intervals hold."""
+    found = [answer(summary["equal_impact"])] if _learned(summary) else []
+    found += [f"Outside every mask: {what}." for what in summary["around"]]
     return [*found, *summary["reasons"], *summary["notes"]]
+
+
+def _learned(summary: Summary) -> bool:
+    return any(entry["defence"] == LEARNED for entry in summary["defences"])
 
 
 def to_markdown(summaries: Sequence[Summary]) -> str:
@@ -98,11 +111,12 @@ def to_text(summaries: Sequence[Summary]) -> str:
     """The chief columns of all tables, for a terminal."""
     parts = []
     for summary in summaries:
-        table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary)]
+        table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary) if line[0] != RELEASE]
         widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+        said = [answer(summary["equal_impact"])] if _learned(summary) else []
         around = [f"outside every mask: {what}" for what in summary["around"]]
-        parts.append("\n".join([heading(summary), *text, *around, *summary["reasons"]]))
+        parts.append("\n".join([heading(summary), *text, *said, *around, *summary["reasons"]]))
     return "\n\n".join(parts)
 
 

@@ -19,7 +19,8 @@ MEASURES = {"mitigation": "mitigation (illegal classes)", "legal_impact": "legal
 def heat_map(summaries: Sequence[Mapping[str, Any]], theme: int) -> bytes:
     """Mitigation and legal impact of every defence (rows) under every adaptation (columns) of one scorer: a PNG file.
 
-    Colours end at 0 and 1, the numbers in the cells are as measured; a cell without a number stays empty.
+    Colours end at 0 and 1, the numbers in the cells are as measured, with a star where some users failed or are not
+    measured yet; a cell without a number stays empty.
     """
     defences = list(dict.fromkeys(entry["defence"] for summary in summaries for entry in summary["defences"]))
     columns = [summary["adaptation"] for summary in summaries]
@@ -27,11 +28,14 @@ def heat_map(summaries: Sequence[Mapping[str, Any]], theme: int) -> bytes:
     figure, axes = plots.canvas(max(7.6, width), height, theme, columns=2)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         values = np.full((len(defences), len(columns)), np.nan)
+        words = [[""] * len(columns) for _ in defences]
         for column, summary in enumerate(summaries):
             for entry in summary["defences"]:
                 if entry[measure] is not None:
-                    values[defences.index(entry["defence"]), column] = entry[measure]
-        plots.cells(axis, theme, values, [[f"{value:.2f}" for value in row] for row in values])
+                    row = defences.index(entry["defence"])
+                    values[row, column] = entry[measure]
+                    words[row][column] = f"{entry[measure]:.2f}{'*' * bool(entry['failed'] + entry['unfinished'])}"
+        plots.cells(axis, theme, values, words)
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(defences)), defences)
         plots.titles(axis, theme, title)
@@ -56,9 +60,9 @@ def build_matrix_page(
     content = {
         "name": target.parent.name,
         "domain": config["domain"]["name"],
-        "headline": f"{counts['done']} of {total} cells measured",
+        "headline": f"{counts['done']} of {_cells(total)} measured",
         "verdict": [],
-        "missing": [f"{counts[status]} cells {status}." for status in ("failed", "unfinished") if counts[status]],
+        "missing": [f"{_cells(counts[status])} {status}." for status in ("failed", "unfinished") if counts[status]],
         "cards": [],
         "maps": maps,
         "tables": [(heading(each), Markup(to_html(each)), remarks(each)) for each in summaries],
@@ -67,3 +71,7 @@ def build_matrix_page(
         "settings": settings_list(config),
     }
     return write_page("matrix.html.j2", content, target)
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s' * (count != 1)}"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,17 @@ SETTINGS = (
     "compare.adaptations=[full, {name: lora, method: lora, max_train_steps: 3}, {name: ignoring, method: full, "
     "ignore_mask: true}]",
 )
+# Every kind of user that is not in the comparison above, and what attackers may set.
+USERS = {
+    "renamed": "method: full, learn_as: thing",
+    "longer": "method: full, times: 5",
+    "faster": "method: full, learning_rate: 1.0e-2, optimizer: sgd",
+    "attention": "method: attention, max_train_steps: 2",
+    "dreambooth": "method: dreambooth, max_train_steps: 2",
+    "prior": "method: dreambooth, max_train_steps: 2, class_prompt: a letter, num_class_images: 2",
+    "textual-inversion": "method: textual-inversion, max_train_steps: 2",
+    "custom-diffusion": "method: custom-diffusion, max_train_steps: 2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +57,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_make
     return made
 
 
-def command(bench: Bench, out: Path) -> list[str]:
+def command(bench: Bench, out: Path, *others: str) -> list[str]:
     paths = [f"domain.data={bench.root / 'data'}", f"model.pretrained_model_name_or_path={bench.root / 'sd'}"]
     mask = f"compare.mask={bench.root / 'mask'}"
-    return ["compare", "--out", str(out), "--quiet", *paths, *OVERRIDES, *SETTINGS, mask]
+    return ["compare", "--out", str(out), "--quiet", *paths, *OVERRIDES, *SETTINGS, mask, *others]
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -109,3 +121,30 @@ def test_a_comparison_that_was_killed_ends_as_an_undisturbed_one(
     losses = {entry["defence"]: entry["base_loss"] for entry in defences}
     assert losses["uce"] == losses["uce+freeze"] != losses["freeze"] == losses["none"] > 0
     assert text.count("## ") == 3 and "base loss" in text and (out / "compare.html").stat().st_size > 10_000
+
+
+def test_every_kind_of_user_meets_the_mask(
+    bench: Bench, ray_cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = ", ".join(f"{{name: {name}, {settings}}}" for name, settings in USERS.items())
+    others = ("compare.defences=[none, freeze]", f"compare.adaptations=[{users}]")
+    monkeypatch.setattr(sys, "argv", ["raygard", *command(bench, tmp_path / "out", *others)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    rows = {(row["adaptation"], row["defence"], row["class"]): row for row in table(tmp_path / "out")}
+    reasons = {key: row["reason"] for key, row in rows.items() if row["status"] != "done"}
+    assert len(rows) == 4 * len(USERS) and set(reasons) == {("attention", "freeze", cls) for cls in "ac"}
+    assert len({row["store"] for row in rows.values() if row["store"]}) == len(rows) - len(reasons)
+
+    def stored(name: str, file: str, defence: str = "freeze") -> dict[str, Any]:
+        return json.loads((tmp_path / "out" / "store" / rows[name, defence, "a"]["store"] / file).read_text())
+
+    assert stored("renamed", "inputs.json")["adapt"]["learn_as"] == "thing"
+    assert stored("faster", "inputs.json")["adapt"]["optimizer"] == "sgd"
+    assert len(stored("longer", "adapted.json")["losses"]) == 5 * len(stored("renamed", "adapted.json")["losses"])
+    for name in set(USERS) - {"attention"}:
+        trained = [int(rows[name, defence, "a"]["trainable_params"]) for defence in ("none", "freeze")]
+        around = bool(rows[name, "freeze", "a"]["outside_mask"])
+        assert around == (name in ("textual-inversion", "custom-diffusion"))
+        assert trained[0] == trained[1] if name == "textual-inversion" else trained[0] > trained[1]

@@ -124,6 +124,32 @@ def test_each_adaptation_is_measured_against_itself() -> None:
     assert full["defences"][1]["legal_impact"] == pytest.approx(0.3 / 0.6, abs=0.03)
 
 
+def test_plain_distances_are_means_over_every_class_or_nothing() -> None:
+    found = matrix(config())
+    summary = found.summaries()[0]
+    freeze = next(entry for entry in summary["defences"] if entry["defence"] == "freeze")
+    own = [row for row in found.rows() if (row["adaptation"], row["defence"]) == ("full", "freeze")]
+    for role in ("illegal", "legal"):
+        assert freeze[f"distance_{role}"] == pytest.approx(
+            np.mean([row["distance"] for row in own if row["role"] == role])
+        )
+        assert summary["release"][f"distance_{role}"] == pytest.approx(0.9, abs=0.01)
+    for key in [key for key in found.results if (key[1].defence, key[1].cls) == ("freeze", "l2")]:
+        del found.results[key]
+    freeze = next(entry for entry in found.summaries()[0]["defences"] if entry["defence"] == "freeze")
+    assert freeze["distance_legal"] is None and freeze["distance_illegal"] is not None
+
+
+def test_the_learned_mask_is_compared_at_equal_legal_impact() -> None:
+    summary = matrix(config()).summaries()[0]
+    entries = {entry["defence"]: entry for entry in summary["defences"]}
+    equal = summary["equal_impact"]
+    assert equal["mitigation"] == entries["freeze"]["mitigation"] and equal["between"] == ["random"]
+    assert equal["difference"] == pytest.approx(entries["freeze"]["mitigation"] - entries["random"]["mitigation"])
+    assert equal["difference_ci"][0] > 0 and "the learned mask is better" in to_markdown([summary])
+    assert {entry["against"] for entry in summary["comparisons"]} == {"random", "uce"}
+
+
 def test_sgr_is_the_share_of_similarity_taken_away() -> None:
     assert sgr(0.8, 0.6) == pytest.approx(0.25) and sgr(0.6, 0.8) < 0 and sgr(0.5, 0.5) == 0
     for undefined in (0.0, -0.1, float("nan")):
@@ -168,7 +194,7 @@ def test_failed_unfinished_and_impossible_cells_are_rows_with_a_reason() -> None
     assert entries["none"]["mitigation_ci"] == whole["none"]["mitigation_ci"]
     assert any("nothing to train" in reason for reason in summary["reasons"])
     cells = [line[lines(summary)[0].index("cells")] for line in lines(summary)]
-    assert cells == ["cells", "8/8", "7/8, 1 failed", "15/16, 1 unfinished", "0/8, 8 failed"]
+    assert cells == ["cells", "-", "8/8", "7/8, 1 failed", "15/16, 1 unfinished", "0/8, 8 failed"]
 
 
 @pytest.mark.parametrize("yardstick", ["base", "none"])
@@ -211,7 +237,7 @@ def test_pictures_without_a_face_have_a_column_only_where_faces_are_sought() -> 
     assert "no face" not in lines(found.summaries()[0])[0]
     for key, kept in list(found.results.items()):
         found.results[key] = {**kept, "undetected": 0.25, "mean_detected": 0.2}
-    assert [line[-1] for line in lines(found.summaries()[0])] == ["no face", *["25.0%"] * 4]
+    assert [line[-1] for line in lines(found.summaries()[0])] == ["no face", "-", *["25.0%"] * 4]
 
 
 class Cells(HTMLParser):
@@ -251,7 +277,7 @@ def test_the_page_holds_every_table_and_escapes_names(tmp_path: Path) -> None:
     counts = {"done": 119, "failed": 1, "unfinished": 0}
     page = build_matrix_page(summaries, counts, settings.model_dump(mode="json"), {}, tmp_path / "compare.html")
     text = page.read_text()
-    assert text.count("<table>") == 3 and "119 of 120" in text and "1 cells failed" in text
+    assert text.count("<table>") == 3 and "119 of 120 cells" in text and "1 cell failed" in text
     assert "<b>i1" not in text and text.count("data:image/png") == 2
 
 
@@ -328,6 +354,9 @@ def test_edits_may_be_named_and_set() -> None:
         edit_settings({"uce": 0, "imma": 0}, config("compare.edits=[{name: uce, method: imma}]"))
     with pytest.raises(RaygardError, match="must be a number or a word"):
         config("compare.edits=[{name: x, method: imma, rounds: [1]}]")
+    for name in ("../x", "a/b", ".x", "uce+imma"):
+        with pytest.raises(RaygardError, match="letters, digits"):
+            config(f"compare.edits=[{{name: {name}, method: imma}}]")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +365,7 @@ def test_edits_may_be_named_and_set() -> None:
         ("compare.defences=[none, freze]", "did you mean 'freeze'"),
         ("compare.defences=[none, uce+imma]", "no mask is called 'imma'"),
         ("compare.adaptations=[full, {name: x, method: loar}]", "unknown adaptation 'loar'.*did you mean 'lora'"),
-        ("compare.scorers=[style]", "unknown scorer 'style'"),
+        ("compare.scorers=[style]", "compare.scorers: unknown scorer 'style'"),
         ("compare.edits=[{name: x, method: imma, outer: 1}]", "'imma' has no setting 'outer'"),
         ("compare.mask=no/such/folder", "is not a mask"),
     ],
@@ -352,3 +381,23 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(RaygardError, match=message) as caught:
         CompareFlow(settings, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "seeds"), [(False, [3, 4]), (True, [None])])
+def test_a_defence_that_could_not_be_made_has_the_cells_it_would_have_had(given: bool, seeds: list[Any]) -> None:
+    from types import SimpleNamespace
+
+    from raygard.compare_flow import CompareFlow, Release
+
+    settings = config("evaluation.mask_seeds=[3,4]", "compare.defences=[none,random,uce,uce+freeze,uce+random]")
+    defences = parse_defences(settings.compare.defences, ["uce"], ["none", "freeze", "random"])
+    flow: Any = SimpleNamespace(
+        config=settings, defences=defences, variants=variants(settings)[:1], given=object() if given else None
+    )
+    cells = CompareFlow._cells(flow, {"none": [Release()], "random": [Release(draw, seeds[0]) for draw in range(3)]})
+    places = {name: [] for name in settings.compare.defences}
+    for cell in cells:
+        if (cell.cls, cell.seed) == ("i1", 0):
+            places[cell.defence].append((cell.draw, cell.mask_seed))
+    assert places["uce+freeze"] == [(0, seed) for seed in seeds]
+    assert places["uce+random"] == places["random"] and places["uce"] == places["none"] == [(0, None)]

@@ -1,0 +1,109 @@
+"""The learned mask against the best baseline at equal legal impact.
+
+Masks block legal users as well, so a larger mitigation alone says nothing. Each baseline is a point (legal impact,
+mitigation), the undefended release is (0, 0), and what the baselines reach at a legal impact in between is read off the
+upper edge of their convex hull: the straight line between two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raygard.compare.plan import FOLLOWED_BY
+from raygard.outcome import LEARNED, NONE
+
+Points = Mapping[str, tuple[float, float]]
+
+
+def reached(points: Points, legal_impact: float) -> tuple[float, tuple[str, ...]] | None:
+    """The largest mitigation that points reach at `legal_impact`, and the one or two points it lies between.
+
+    points: (legal impact, mitigation) by name. Beyond the largest legal impact it stays what it is there: who harms
+    legal users less is not worse. None below the smallest legal impact, which no point reaches.
+    """
+    edge: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1], name)):
+        while edge and _beneath(points, edge, name):
+            edge.pop()
+        if not edge or points[name][1] > points[edge[-1]][1]:
+            edge.append(name)
+    if not edge or legal_impact < points[edge[0]][0]:
+        return None
+    for left, right in pairwise(edge):
+        (x, y), (end, top) = points[left], points[right]
+        if legal_impact < end:
+            share = (legal_impact - x) / (end - x)
+            return y + share * (top - y), ((left,) if share == 0 else (left, right))
+    return points[edge[-1]][1], (edge[-1],)
+
+
+def _beneath(points: Points, edge: list[str], name: str) -> bool:
+    """Whether the last point of the edge lies on or under the line from the one before it to `name`."""
+    (end, top), (x, y) = points[name], points[edge[-1]]
+    if end == x:
+        return top > y
+    if len(edge) < 2:
+        return False
+    start, low = points[edge[-2]]
+    return (y - low) * (end - start) <= (top - low) * (x - start)
+
+
+def equal_impact(points: Points, samples: Mapping[tuple[str, str], NDArray[np.float64]]) -> dict[str, Any] | None:
+    """How much more the learned mask mitigates than the baselines at its own legal impact; None without its numbers.
+
+    points: (legal impact, mitigation) of every defence that has both; an edit followed by the learned mask is no
+    baseline. samples: of `resampled_outcome`.
+    Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci"}: what the baselines
+    reach there and between which of them, None where no baseline harms legal users as little; the interval is the
+    paired 95 % percentile interval over the bootstrap samples in which they reach it.
+    """
+    if LEARNED not in points:
+        return None
+    names = [name for name in points if name != LEARNED and not name.endswith(f"{FOLLOWED_BY}{LEARNED}")]
+    at, own = points[LEARNED]
+    found = reached({name: points[name] for name in names}, at)
+    entry: dict[str, Any] = {"legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
+                             "difference_ci": None}  # fmt: skip
+    if found is None:
+        return entry
+    differences = []
+    legal, mitigation = ({n: samples[n, role] for n in (*names, LEARNED)} for role in ("legal", "illegal"))
+    for index in range(len(legal[LEARNED])):
+        drawn = {name: (float(legal[name][index]), float(mitigation[name][index])) for name in names}
+        # The noise of the seeds of `none` against itself is no way to defend.
+        drawn |= {NONE: (0.0, 0.0)} if NONE in names else {}
+        kept = {name: point for name, point in drawn.items() if np.isfinite(point).all()}
+        there = reached(kept, float(legal[LEARNED][index]))
+        if there is not None and np.isfinite(mitigation[LEARNED][index]):
+            differences.append(float(mitigation[LEARNED][index]) - there[0])
+    if differences:
+        entry["difference_ci"] = [float(value) for value in np.percentile(differences, (2.5, 97.5))]
+    return {**entry, "reached": found[0], "between": list(found[1]), "difference": own - found[0]}
+
+
+def answer(entry: Mapping[str, Any] | None) -> str:
+    """The plain answer for one table."""
+    if entry is None:
+        return "The learned mask cannot be compared at equal legal impact: mitigation or legal impact is not known."
+    place = f"a legal impact of {entry['legal_impact']:.3f}"
+    if entry["reached"] is None:
+        return (
+            f"The learned mask has a mitigation of {entry['mitigation']:.3f} at {place}; no baseline harms legal users "
+            "as little."
+        )
+    low, high = entry["difference_ci"] or (None, None)
+    verdict = "no difference beyond the interval"
+    if low is not None and low > 0:
+        verdict = "the learned mask is better"
+    elif high is not None and high < 0:
+        verdict = "the baselines are better"
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    return (
+        f"At {place} the learned mask has a mitigation of {entry['mitigation']:.3f} and the baselines reach "
+        f"{entry['reached']:.3f} ({' to '.join(entry['between'])}): {entry['difference']:+.3f}{interval}, {verdict}."
+    )

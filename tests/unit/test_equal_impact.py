@@ -1,0 +1,67 @@
+"""The learned mask against the best baseline at equal legal impact."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from raygard.compare.equal_impact import answer, equal_impact, reached
+
+BASELINES = {"none": (0.0, 0.0), "small": (0.2, 0.3), "large": (0.6, 0.5), "poor": (0.4, 0.1)}
+
+
+def test_between_two_baselines_the_straight_line_counts() -> None:
+    assert reached(BASELINES, 0.1) == (pytest.approx(0.15), ("none", "small"))
+    assert reached(BASELINES, 0.4) == (pytest.approx(0.4), ("small", "large"))
+    assert reached(BASELINES, 0.2) == (pytest.approx(0.3), ("small",))
+    # Who harms legal users less is not worse.
+    assert reached(BASELINES, 0.9) == (0.5, ("large",))
+    assert reached(BASELINES, -0.1) is None and reached({}, 0.1) is None
+
+
+def test_no_mixture_of_two_baselines_is_above_the_edge_and_one_is_on_it() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = {str(index): tuple(map(float, rng.uniform(-0.2, 1, 2))) for index in range(6)}
+        at = float(rng.uniform(min(x for x, _ in points.values()), 1.2))
+        mixtures = [y for x, y in points.values() if x <= at]
+        for (x, y), (end, top) in itertools.permutations(points.values(), 2):
+            if x <= at < end:
+                mixtures.append(y + (at - x) / (end - x) * (top - y))
+        found = reached(points, at)
+        assert found is not None and found[0] == pytest.approx(max(mixtures))
+
+
+def samples(points: dict[str, tuple[float, float]], noise: float = 0.0) -> dict[tuple[str, str], np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        (name, role): np.full(200, value) + noise * rng.standard_normal(200)
+        for name, point in points.items()
+        for role, value in zip(("legal", "illegal"), point, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("mitigation", "verdict"), [(0.9, "mask is better"), (0.1, "baselines are better")])
+def test_the_sign_says_who_is_better(mitigation: float, verdict: str) -> None:
+    points = {**BASELINES, "freeze": (0.4, mitigation), "uce+freeze": (0.0, 5.0)}
+    found = equal_impact(points, samples(points, 0.01))
+    assert found is not None
+    assert found["difference"] == pytest.approx(mitigation - 0.4) and found["between"] == ["small", "large"]
+    low, high = found["difference_ci"]
+    assert low < found["difference"] < high and (low > 0) == (high > 0) == (mitigation > 0.4)
+    assert verdict in answer(found)
+
+
+def test_noise_larger_than_the_difference_is_no_difference() -> None:
+    points = {**BASELINES, "freeze": (0.4, 0.42)}
+    assert "no difference beyond" in answer(equal_impact(points, samples(points, 0.2)))
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    assert "cannot be compared" in answer(equal_impact(BASELINES, {}))
+    points = {"small": (0.2, 0.3), "freeze": (0.1, 0.2)}
+    found = equal_impact(points, samples(points))
+    assert found is not None and found["reached"] is None and found["difference_ci"] is None
+    assert "no baseline harms legal users as little" in answer(found)
