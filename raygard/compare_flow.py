@@ -79,13 +79,14 @@ class CompareFlow:
         self.variants = variants(config)
         for variant in self.variants:
             get_adaptation(variant.config.method)
-        self.scorers = tuple(dict.fromkeys((config.evaluation.scorer, *config.compare.scorers)))
+        legal = [config.compare.legal_scorer] if config.compare.legal_scorer else []
+        self.scorers = tuple(dict.fromkeys((config.evaluation.scorer, *legal, *config.compare.scorers)))
         for name in self.scorers[1:]:
             try:
                 check_evaluation(name)
                 get_scorer(name)
             except RaygardError as error:
-                raise RaygardError(f"compare.scorers: {error}") from None
+                raise RaygardError(f"compare.{'legal_scorer' if name in legal else 'scorers'}: {error}") from None
         unet = load_unet(config.model)
         self.given: FreezeMask | None = None
         if config.compare.mask is not None:
@@ -253,8 +254,10 @@ class CompareFlow:
                 # An edit may have no finite loss: its cells then fail and say so, and JSON has no number for it.
                 known = {name: losses[made[0].values] for name, made in releases.items()}
                 self.matrix.base_loss = {name: loss for name, loss in known.items() if math.isfinite(loss)}
-            for variant in self.variants:
-                self._meet(config, inputs, pool, scorer, variant, releases)
+            # A comparison that is cut off then has all defences and adaptations with fewer seeds.
+            for seed in self.config.evaluation.adaptation_seeds:
+                for variant in self.variants:
+                    self._meet(config, inputs, pool, scorer, variant, seed, releases)
 
     def _base(self, config: RunConfig, inputs: Any, pool: Any, scorer: str) -> None:
         from raygard.cluster.evaluation import EvaluationJob, run_jobs
@@ -274,13 +277,14 @@ class CompareFlow:
         pool: Any,
         scorer: str,
         variant: Variant,
+        seed: int,
         releases: Mapping[str, Sequence[Release]],
     ) -> None:
-        """All users of one adaptation."""
+        """All users of one adaptation and seed."""
         from raygard.cluster.evaluation import run_jobs
 
-        masked, plain = self._jobs(variant, releases)
-        with self.progress.bar(f"{variant.name}, {scorer}", len(masked) + len(plain)) as bar:
+        masked, plain = self._jobs(seed, releases)
+        with self.progress.bar(f"{variant.name}, seed {seed}, {scorer}", len(masked) + len(plain)) as bar:
 
             def on_result(result: dict[str, Any]) -> None:
                 where = f"{result['defence']} / {result['class']}"
@@ -297,18 +301,17 @@ class CompareFlow:
                     adapted = config.model_copy(update={"adapt": adapt})
                     run_jobs(jobs, _inputs_for(inputs, adapted), pool, on_result=on_result)
 
-    def _jobs(self, variant: Variant, releases: Mapping[str, Sequence[Release]]) -> tuple[list[Any], list[Any]]:
+    def _jobs(self, seed: int, releases: Mapping[str, Sequence[Release]]) -> tuple[list[Any], list[Any]]:
         """Jobs with a mask, and jobs without."""
         from raygard.cluster.evaluation import EvaluationJob
 
         masked: list[Any] = []
         plain: list[Any] = []
-        for seed in self.config.evaluation.adaptation_seeds:
-            for name, made in releases.items():
-                for each in made:
-                    for cls, role in classes(self.config):
-                        job = EvaluationJob(name, cls, role, each.draw, each.mask_seed, seed, each.mask, each.edit)
-                        (masked if each.mask else plain).append(job)
+        for name, made in releases.items():
+            for each in made:
+                for cls, role in classes(self.config):
+                    job = EvaluationJob(name, cls, role, each.draw, each.mask_seed, seed, each.mask, each.edit)
+                    (masked if each.mask else plain).append(job)
         return masked, plain
 
     def _with_scorer(self, scorer: str) -> RunConfig:

@@ -38,6 +38,9 @@ class CompareConfig(Section):
         description="a method, or {name, method, times, settings of adapt}; times multiplies max_train_steps",
     )
     scorers: tuple[str, ...] = Field((), description="further scorers of the same pictures beside evaluation.scorer")
+    legal_scorer: str | None = Field(
+        None, min_length=1, description="scorer of the legal classes; null: evaluation.scorer is that of both roles"
+    )
 
     @field_validator("defences", "scorers")
     @classmethod

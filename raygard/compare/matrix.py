@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raygard.compare.equal_impact import equal_impact
 from raygard.compare.plan import Cell, Variant, classes
@@ -28,6 +29,7 @@ COLUMNS = (
 COSTS = ("seconds_adapt", "seconds_generate", "seconds_score", "peak_memory_bytes")
 
 Result = Mapping[str, Any]
+Samples = Mapping[tuple[str, str], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Scale:
 class Matrix:
     """All that is known of a comparison so far.
 
-    num_params: parameters of the denoiser. cells: every user of every adaptation, in order. lost: why a defence could
-    not be made. base_loss: held-out loss of the release of each defence on general classes. results: of
-    `run_jobs`, results and failures, by scorer and cell; base: those of the untouched release, by scorer and class.
+    scales: of evaluation.scorer and the further scorers. num_params: parameters of the denoiser. cells: every user of
+    every adaptation, in order. lost: why a defence could not be made. base_loss: held-out loss of the release of each
+    defence on general classes. results: of `run_jobs`, results and failures, by scorer and cell; base: those of the
+    untouched release, by scorer and class.
     """
 
     config: RunConfig
@@ -73,8 +76,17 @@ class Matrix:
     def summaries(self) -> list[dict[str, Any]]:
         """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit", "release",
         "defences", "comparisons", "equal_impact", "classes", "notes", "around", "reasons"}, and one entry of "defences"
-        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's."""
-        return [self._summary(scale, variant) for scale in self.scales for variant in self.variants]
+        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's.
+
+        With `compare.legal_scorer`, first the tables whose illegal columns are of the first scorer and whose legal ones
+        are of that one; "scorer", "direction" and "unit" then name both."""
+        pairs = [(scale, scale) for scale in self.scales]
+        legal = next((scale for scale in self.scales if scale.name == self.config.compare.legal_scorer), self.scales[0])
+        if legal is not self.scales[0]:
+            pairs.insert(0, (self.scales[0], legal))
+        return [
+            self._summary(dict(zip(ROLES, pair, strict=True)), variant) for pair in pairs for variant in self.variants
+        ]
 
     def _cells(self, variant: Variant) -> list[Cell]:
         return [cell for cell in self.cells if cell.adaptation == variant.name]
@@ -108,23 +120,18 @@ class Matrix:
         found = self.base.get((scale.name, cls))
         return None if found is None or found.get("failed") else found
 
-    def _outcome(self, scale: Scale, variant: Variant) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """outcome.json's content of one adaptation under one scorer, and what `equal_impact` says of it.
+    def _outcome(self, scale: Scale, variant: Variant) -> tuple[dict[str, Any], Samples]:
+        """outcome.json's content of one adaptation under one scorer, and its bootstrap samples.
 
-        None without any class that can be measured.
+        Both are empty without any class that can be measured.
         """
         measured = self._measured(scale, variant)
         if not measured:
-            return None, None
+            return {"summary": [], "comparisons": [], "classes": [], "notes": []}, {}
         evaluation = self.config.evaluation.model_copy(update={"scorer": scale.name})
         config = self.config.model_copy(update={"evaluation": evaluation})
         outcome = build_outcome(measured, config, self.base_loss, direction=scale.direction)
-        points = {
-            entry["defence"]: (entry["legal_impact"], entry["mitigation"])
-            for entry in outcome["summary"]
-            if entry["legal_impact"] is not None and entry["mitigation"] is not None
-        }
-        return outcome, equal_impact(points, resampled_outcome(measured, config, scale.direction))
+        return outcome, resampled_outcome(measured, config, scale.direction)
 
     def _rows(self, scale: Scale, variant: Variant) -> list[dict[str, Any]]:
         yardsticks = self._yardsticks(scale, variant)
@@ -172,39 +179,48 @@ class Matrix:
             "outside_mask": "; ".join(around),
         }
 
-    def _summary(self, scale: Scale, variant: Variant) -> dict[str, Any]:
-        outcome, equal = self._outcome(scale, variant)
-        rows = self._rows(scale, variant)
+    def _summary(self, scales: Mapping[str, Scale], variant: Variant) -> dict[str, Any]:
+        """scales: the scorer of each role's classes."""
         names = dict(classes(self.config))
-        base = {cls: found["distance"] for cls in names if (found := self._base(scale, cls)) is not None}
-        found = {entry["defence"]: entry for entry in outcome["summary"]} if outcome else {}
-        counted = {entry["class"] for entry in outcome["classes"] if entry["counted"]} if outcome else set()
+        outcomes = {scale: self._outcome(scale, variant) for scale in scales.values()}
+        known = {scale: self._yardsticks(scale, variant) for scale in outcomes}
+        lines = {scale: self._rows(scale, variant) for scale in outcomes}
+        base = {cls: found["distance"] for cls in names if (found := self._base(scales[names[cls]], cls)) is not None}
+        rows = [row for scale in outcomes for row in lines[scale] if scales[row["role"]] == scale]
+        gaps = [entry for role in ROLES for entry in outcomes[scales[role]][0]["classes"] if entry["role"] == role]
+        entries = {role: {e["defence"]: e for e in outcomes[scales[role]][0]["summary"]} for role in ROLES}
+        compared = {role: {e["against"]: e for e in outcomes[scales[role]][0]["comparisons"]} for role in ROLES}
         defences = []
         for name in dict.fromkeys(row["defence"] for row in rows):
             own = [row for row in rows if row["defence"] == name]
-            plain = _plain(
-                {cls: _mean([row["distance"] for row in own if row["class"] == cls]) for cls in names}, names
-            )
-            defences.append({"defence": name, **_measures(found.get(name)), **plain, **_means(own, counted)})
-        notes = list(outcome["notes"]) if outcome else []
-        missing = [cls for cls, _ in classes(self.config) if cls not in self._yardsticks(scale, variant)]
-        if missing:
-            notes.append(
-                f"Without a result of the release itself or of users without a defence, nothing can be said of "
-                f"{', '.join(missing)}."
-            )
+            plain = {cls: _mean([row["distance"] for row in own if row["class"] == cls]) for cls in names}
+            measures = _of_roles({role: entries[role].get(name, {}) for role in ROLES}, MEASURES)
+            means = _means(own, {entry["class"] for entry in gaps if entry["counted"]})
+            # The same under every scorer.
+            loss = self.base_loss.get(name)
+            defences.append({"defence": name, **measures, "base_loss": loss, **_plain(plain, names), **means})
+        samples = {key: drawn for role in ROLES for key, drawn in outcomes[scales[role]][1].items() if key[1] == role}
+        points = {
+            entry["defence"]: (entry["legal_impact"], entry["mitigation"])
+            for entry in defences
+            if entry["legal_impact"] is not None and entry["mitigation"] is not None
+        }
         return {
-            "scorer": scale.name,
-            "direction": scale.direction,
-            "unit": scale.unit,
+            "scorer": _joined(scale.name for scale in scales.values()),
+            "direction": _joined(scale.direction for scale in scales.values()),
+            "unit": _joined(scale.unit for scale in scales.values()),
             "adaptation": variant.name,
             "method": variant.config.method,
             "release": _plain(base, names),
             "defences": defences,
-            "comparisons": outcome["comparisons"] if outcome else [],
-            "equal_impact": equal,
-            "classes": outcome["classes"] if outcome else [],
-            "notes": notes,
+            "comparisons": [
+                {"against": name, **_of_roles({role: compared[role].get(name, {}) for role in ROLES}, DIFFERENCES)}
+                for name in dict.fromkeys(name for role in ROLES for name in compared[role])
+            ],
+            "equal_impact": equal_impact(points, samples),
+            "classes": gaps,
+            "notes": _notes({scale.name: outcomes[scale][0]["notes"] for scale in outcomes})
+            + _without([cls for cls in names if cls not in known[scales[names[cls]]]]),
             "around": sorted({row["outside_mask"] for row in rows if row["outside_mask"]}),
             "reasons": _reasons(rows),
         }
@@ -231,14 +247,37 @@ def _against(distance: float, yardsticks: tuple[float, float] | None, scale: Sca
     return found
 
 
-MEASURES = (
-    "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci", "relative_illegal", "relative_legal", "base_loss",
-    "worst_illegal", "worst_legal",
-)  # fmt: skip
+# What an outcome says of a defence, and of the learned mask against it, by the role it is about.
+MEASURES = {
+    "illegal": ("mitigation", "mitigation_ci", "relative_illegal", "worst_illegal"),
+    "legal": ("legal_impact", "legal_impact_ci", "relative_legal", "worst_legal"),
+}
+DIFFERENCES = {
+    "illegal": ("mitigation_difference", "mitigation_difference_ci"),
+    "legal": ("legal_impact_difference", "legal_impact_difference_ci"),
+}
 
 
-def _measures(entry: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: entry[name] if entry else None for name in MEASURES}
+def _of_roles(entries: Mapping[str, Mapping[str, Any]], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The names of each role from that role's entry; None where it has none."""
+    return {name: entries[role].get(name) for role in ROLES for name in names[role]}
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Illegal first; once where both are the same."""
+    return " / ".join(dict.fromkeys(words))
+
+
+def _notes(by_scorer: Mapping[str, Sequence[str]]) -> list[str]:
+    alone = len(by_scorer) == 1
+    return [note if alone else f"{scorer}: {note}" for scorer, notes in by_scorer.items() for note in notes]
+
+
+def _without(missing: Sequence[str]) -> list[str]:
+    if not missing:
+        return []
+    what = "Without a result of the release itself or of users without a defence, nothing can be said of"
+    return [f"{what} {', '.join(missing)}."]
 
 
 def _plain(distances: Mapping[str, float | None], roles: Mapping[str, str]) -> dict[str, float | None]:

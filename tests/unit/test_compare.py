@@ -150,6 +150,38 @@ def test_the_learned_mask_is_compared_at_equal_legal_impact() -> None:
     assert {entry["against"] for entry in summary["comparisons"]} == {"random", "uce"}
 
 
+def test_a_scorer_for_each_role_takes_its_columns_from_its_own_table() -> None:
+    settings = config("compare.legal_scorer=closeness")
+    found = matrix(settings)
+    found.scales = [STYLE, Scale("closeness", "similarity", "cosine similarity")]
+    for (_, cls), kept in list(found.base.items()):
+        found.base["closeness", cls] = {**kept, "distance": 1 - kept["distance"],
+                                        "distances": [1 - value for value in kept["distances"]]}  # fmt: skip
+    for (_, cell), kept in list(found.results.items()):
+        # Twice as close, so that the two scorers give different numbers.
+        values = [1 - value / 2 for value in kept["distances"]]
+        found.results["closeness", cell] = {**kept, "distance": float(np.mean(values)), "distances": values}
+    tables = found.summaries()
+    assert [(table["scorer"], table["direction"]) for table in tables] == [
+        *[("style_enlite0 / closeness", "distance / similarity")] * 3,
+        *[("style_enlite0", "distance")] * 3,
+        *[("closeness", "similarity")] * 3,
+    ]
+    both, style, close = tables[0], tables[3], tables[6]
+    for mixed, first, second in zip(both["defences"], style["defences"], close["defences"], strict=True):
+        for name in ("mitigation", "mitigation_ci", "relative_illegal", "distance_illegal", "sgr_illegal"):
+            assert mixed[name] == first[name]
+        for name in ("legal_impact", "legal_impact_ci", "relative_legal", "distance_legal", "sgr_legal"):
+            assert mixed[name] == second[name]
+        assert mixed["done"] == first["done"]
+    assert both["defences"][1]["legal_impact"] != style["defences"][1]["legal_impact"]
+    assert both["defences"][1]["relative_legal"] > 0 and both["equal_impact"]["mitigation"] == pytest.approx(
+        style["defences"][1]["mitigation"]
+    )
+    assert both["equal_impact"]["legal_impact"] == close["defences"][1]["legal_impact"]
+    assert any(note.startswith("closeness: ") for note in both["notes"])
+
+
 def test_sgr_is_the_share_of_similarity_taken_away() -> None:
     assert sgr(0.8, 0.6) == pytest.approx(0.25) and sgr(0.6, 0.8) < 0 and sgr(0.5, 0.5) == 0
     for undefined in (0.0, -0.1, float("nan")):
@@ -365,6 +397,7 @@ def test_edits_may_be_named_and_set() -> None:
         ("compare.defences=[none, freze]", "did you mean 'freeze'"),
         ("compare.defences=[none, uce+imma]", "no mask is called 'imma'"),
         ("compare.adaptations=[full, {name: x, method: loar}]", "unknown adaptation 'loar'.*did you mean 'lora'"),
+        ("compare.legal_scorer=fd_enlite0", "compare.legal_scorer: .* one number for all pictures together"),
         ("compare.scorers=[style]", "compare.scorers: unknown scorer 'style'"),
         ("compare.edits=[{name: x, method: imma, outer: 1}]", "'imma' has no setting 'outer'"),
         ("compare.mask=no/such/folder", "is not a mask"),
