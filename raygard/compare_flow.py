@@ -86,7 +86,8 @@ class CompareFlow:
                 check_evaluation(name)
                 get_scorer(name)
             except RaygardError as error:
-                raise RaygardError(f"compare.{'legal_scorer' if name in legal else 'scorers'}: {error}") from None
+                key = f"compare.{'legal_scorer' if name in legal else 'scorers'}"
+                raise RaygardError(re.sub(r"\bevaluation\.scorer\b", key, str(error))) from None
         unet = load_unet(config.model)
         self.given: FreezeMask | None = None
         if config.compare.mask is not None:
