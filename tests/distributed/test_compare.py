@@ -42,8 +42,8 @@ USERS = {
     "attention": "method: attention, max_train_steps: 2",
     "dreambooth": "method: dreambooth, max_train_steps: 2",
     "prior": "method: dreambooth, max_train_steps: 2, class_prompt: a letter, num_class_images: 2",
-    "textual-inversion": "method: textual-inversion, max_train_steps: 2",
-    "custom-diffusion": "method: custom-diffusion, max_train_steps: 2",
+    "textual-inversion": "method: textual-inversion, max_train_steps: 2, instance_prompt: <learned>",
+    "custom-diffusion": "method: custom-diffusion, max_train_steps: 2, instance_prompt: <new1>",
 }
 
 
