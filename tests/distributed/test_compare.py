@@ -84,7 +84,7 @@ def test_a_comparison_that_was_killed_ends_as_an_undisturbed_one(
         env={**os.environ, "RAY_ADDRESS": address}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while len(list((out / "store").glob("*/score-*.json"))) < 3:
         assert started.poll() is None and time.monotonic() < deadline, started.communicate()[0][-3000:]
         time.sleep(0.05)
