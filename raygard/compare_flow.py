@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raygard.adaptation import get_adaptation
 from raygard.baselines import DEFENCES, DRAWN
 from raygard.compare.matrix import Matrix, Scale, to_csv
@@ -240,7 +242,7 @@ class CompareFlow:
 
     def _measure(self, scorer: str, releases: Mapping[str, Sequence[Release]]) -> None:
         """Results of every cell under one scorer, and the releases' own losses; from the store where it has them."""
-        from raygard.cluster.evaluation import EvaluationPool, base_loss
+        from raygard.cluster.evaluation import EvaluationPool
 
         config = self._with_scorer(scorer)
         inputs = self.flow.evaluation_inputs(self.dir / "evaluation")
@@ -248,17 +250,25 @@ class CompareFlow:
             self._base(config, inputs, pool, scorer)
             general = self.flow.general_cache
             if general is not None and not self.matrix.base_loss:
-                losses = {
-                    values: base_loss(config, str(general), inputs.store, values)
-                    for values in dict.fromkeys(each.values for made in releases.values() for each in made)
+                # Several masks with values of their own are several releases.
+                known = {
+                    name: float(np.mean([self._base_loss(config, general, inputs.store, each) for each in made]))
+                    for name, made in releases.items()
                 }
                 # An edit may have no finite loss: its cells then fail and say so, and JSON has no number for it.
-                known = {name: losses[made[0].values] for name, made in releases.items()}
                 self.matrix.base_loss = {name: loss for name, loss in known.items() if math.isfinite(loss)}
             # A comparison that is cut off then has all defences and adaptations with fewer seeds.
             for seed in self.config.evaluation.adaptation_seeds:
                 for variant in self.variants:
                     self._meet(config, inputs, pool, scorer, variant, seed, releases)
+
+    def _base_loss(self, config: RunConfig, general: Path, store: str, release: Release) -> float:
+        """Held-out loss of what is released, with the values that its mask carries; from the store if it is known."""
+        from raygard.cluster.evaluation import base_loss
+
+        if release.values is None and release.mask is not None and FreezeMask.load(release.mask).values:
+            return base_loss(config, str(general), store, mask=Path(release.mask))
+        return base_loss(config, str(general), store, edit=release.values)
 
     def _base(self, config: RunConfig, inputs: Any, pool: Any, scorer: str) -> None:
         from raygard.cluster.evaluation import EvaluationJob, run_jobs
