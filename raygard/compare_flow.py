@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ class CompareFlow:
         unet = load_unet(config.model)
         self.given: FreezeMask | None = None
         if config.compare.mask is not None:
+            for defence in self.defences:
+                if defence.ratio is not None:
+                    raise RaygardError(
+                        f"defence '{defence.name}': the freeze ratio of compare.mask is what it was learned with; "
+                        f"leave out @{defence.ratio:g} or compare.mask"
+                    )
             self.given = FreezeMask.load(config.compare.mask)
             self.given.apply(unet)
         self.num_params = sum(parameter.numel() for parameter in unet.parameters())
@@ -125,15 +132,16 @@ class CompareFlow:
     def _releases(self) -> dict[str, list[Release]]:
         """Every defence that could be made, and why the others could not (`Matrix.lost`)."""
         folder = self.dir / "masks"
-        learned = self._learned() if any(defence.mask for defence in self.defences) else {}
-        paths: dict[tuple[str, int], str] = {}
+        ratios = dict.fromkeys(defence.ratio for defence in self.defences if defence.mask)
+        learned = {ratio: self._learned(ratio) for ratio in ratios}
+        paths: dict[tuple[str | None, float | None], dict[int, str]] = {}
         edits: dict[str, Path] = {}
         lost: dict[str, str] = {}
-        for mask in dict.fromkeys(defence.mask for defence in self.defences if defence.mask):
+        for mask, ratio in dict.fromkeys(defence.key for defence in self.defences if defence.mask):
             try:
-                paths |= self._masks(mask, learned, folder)
+                paths[mask, ratio] = self._masks(str(mask), learned[ratio], at_ratio(folder, ratio))
             except RaygardError as error:
-                lost |= {defence.name: str(error) for defence in self.defences if defence.mask == mask}
+                lost |= {defence.name: str(error) for defence in self.defences if defence.key == (mask, ratio)}
         for edit in dict.fromkeys(defence.edit for defence in self.defences if defence.edit):
             try:
                 edits[edit] = self._edit(edit)
@@ -144,7 +152,8 @@ class CompareFlow:
             if defence.name in lost:
                 continue
             try:
-                found[defence.name] = self._release(defence, paths, edits, learned, folder)
+                masks = paths.get(defence.key, {})
+                found[defence.name] = self._release(defence, masks, edits, list(learned.get(defence.ratio, ())), folder)
             except RaygardError as error:
                 lost[defence.name] = str(error)
         if NONE in lost:
@@ -154,18 +163,25 @@ class CompareFlow:
         self.matrix.lost = lost
         return found
 
-    def _learned(self) -> dict[int | None, FreezeMask]:
-        """Learned masks by seed; a given one has none."""
+    def _learned(self, ratio: float | None) -> dict[int | None, FreezeMask]:
+        """Learned masks of one freeze ratio (None: the run's own) by seed; a given one has no seed."""
         if self.given is not None:
             return {None: self.given}
-        return dict(zip(self.config.evaluation.mask_seeds, self.flow.learn_all(), strict=True))
+        flow, seeds = self.flow, self.config.evaluation.mask_seeds
+        if ratio is not None:
+            mask = self.config.mask.model_copy(update={"freeze_ratio": ratio})
+            config = self.config.model_copy(update={"mask": mask})
+            flow = Flow(config, at_ratio(self.dir.path, ratio), self.progress, upstream=self.flow)
+        with nullcontext() if ratio is None else flow.parent:
+            return dict(zip(seeds, flow.learn_all(), strict=True))
 
-    def _masks(self, name: str, learned: Mapping[int | None, FreezeMask], folder: Path) -> dict[tuple[str, int], str]:
-        """Save the masks of a defence: {(name, draw or place of the mask seed): folder}."""
+    def _masks(self, name: str, learned: Mapping[int | None, FreezeMask], folder: Path) -> dict[int, str]:
+        """Save the masks of a defence: {draw or place of the mask seed: folder}."""
         if name == LEARNED:
             saved = [mask.save(folder / f"{name}-{place}") for place, mask in enumerate(learned.values())]
-            return {(name, place): str(path) for place, path in enumerate(saved)}
-        return save_controls(self.config, next(iter(learned.values())), folder, [name], self.flow.relearn)
+            return {place: str(path) for place, path in enumerate(saved)}
+        found = save_controls(self.config, next(iter(learned.values())), folder, [name], self.flow.relearn)
+        return {draw: path for (_, draw), path in found.items()}
 
     def _edit(self, name: str) -> Path:
         """The file of an edit, made in a task unless it is there."""
@@ -188,20 +204,17 @@ class CompareFlow:
     def _release(
         self,
         defence: Defence,
-        paths: Mapping[tuple[str, int], str],
+        masks: Mapping[int, str],
         edits: Mapping[str, Path],
-        learned: Mapping[int | None, FreezeMask],
+        seeds: Sequence[int | None],
         folder: Path,
     ) -> list[Release]:
         edit = str(edits[defence.edit]) if defence.edit else None
         if defence.mask is None:
             return [Release(edit=edit, values=edit)]
         found = []
-        seeds = list(learned)
-        for (name, number), path in paths.items():
-            if name != defence.mask:
-                continue
-            draw, seed = (0, seeds[number]) if name == LEARNED else (number, seeds[0])
+        for number, path in masks.items():
+            draw, seed = (0, seeds[number]) if defence.mask == LEARNED else (number, seeds[0])
             release = Release(draw, seed, path)
             if edit is not None:
                 mask = FreezeMask.load(path)
@@ -370,6 +383,11 @@ class CompareFlow:
                 self.flow.parent.metrics(values, step=0)
         for name in (MATRIX, SUMMARY, PAGE, *TABLES):
             self.flow.parent.artifact(self.dir / name)
+
+
+def at_ratio(folder: Path, ratio: float | None) -> Path:
+    """Where in a comparison's folder things of masks of this freeze ratio lie (None: of the run's own)."""
+    return folder if ratio is None else folder / f"p-{ratio:g}"
 
 
 def _inputs_for(inputs: Any, config: RunConfig) -> Any:

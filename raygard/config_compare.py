@@ -25,7 +25,7 @@ class CompareConfig(Section):
 
     defences: tuple[str, ...] = Field(
         ("none", "freeze", "random", "random-matched", "largest-first", "busy-layer", "uce", "uce+freeze"),
-        description="masks, edits, and an edit followed by a mask as edit+mask (docs/defences.md)",
+        description="masks, edits, an edit followed by a mask as edit+mask; mask@p has its own p (docs/defences.md)",
     )
     mask: str | None = Field(
         None, min_length=1, description="folder of a learned mask; null: one is learned for each evaluation.mask_seeds"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
+from raygard.baselines.manual import CHOOSERS as FIXED
 from raygard.config import RunConfig
 from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import NAME, variant_config
@@ -15,16 +17,23 @@ from raygard.config_file import describe_error
 from raygard.errors import RaygardError, nearest
 from raygard.outcome import NONE, ROLES
 
-FOLLOWED_BY = "+"
+FOLLOWED_BY, AT = "+", "@"
 
 
 @dataclass(frozen=True)
 class Defence:
-    """edit: name of an edit of the released values, None for none. mask: name of a mask that freezes after it."""
+    """edit: name of an edit of the released values, None for none. mask: name of a mask that freezes after it.
+    ratio: freeze ratio of the mask, None for `mask.freeze_ratio`."""
 
     name: str
     edit: str | None = None
     mask: str | None = None
+    ratio: float | None = None
+
+    @property
+    def key(self) -> tuple[str | None, float | None]:
+        """What tells its mask from others."""
+        return self.mask, self.ratio
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,22 @@ class Cell:
 
 
 def parse_defences(names: Sequence[str], edits: Collection[str], masks: Collection[str]) -> tuple[Defence, ...]:
-    """`none`, a mask, an edit, or `edit+mask`, by name and in order.
+    """`none`, a mask, `mask@p` with a freeze ratio of its own, an edit, or `edit+mask`, by name and in order.
 
-    edits, masks: known names. Raises RaygardError for an unknown name, listing the known ones.
+    edits, masks: known names. Raises RaygardError for an unknown name, listing the known ones, or a wrong ratio.
     """
     return tuple(_parse(name, edits, masks) for name in names)
 
 
 def _parse(name: str, edits: Collection[str], masks: Collection[str]) -> Defence:
+    plain, at, ratio = name.partition(AT)
+    if at:
+        found = _parse(plain, edits, masks)
+        if found.mask is None:
+            raise RaygardError(f"defence '{name}': {AT} gives a mask its freeze ratio, and '{plain}' freezes nothing")
+        if found.mask in FIXED:
+            raise RaygardError(f"defence '{name}': '{found.mask}' freezes all of its kind; leave out {AT}{ratio}")
+        return replace(found, name=name, ratio=_ratio(name, ratio))
     freezing = [mask for mask in masks if mask != NONE]
     edit, plus, mask = name.partition(FOLLOWED_BY)
     if not plus:
@@ -84,6 +101,16 @@ def _parse(name: str, edits: Collection[str], masks: Collection[str]) -> Defence
     if mask not in freezing:
         raise RaygardError(f"defence '{name}': no mask is called '{mask}'{nearest(mask, freezing)}")
     return Defence(name, edit=edit, mask=mask)
+
+
+def _ratio(name: str, text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < 1:
+        raise RaygardError(f"defence '{name}': a freeze ratio p lies between 0 and 1, got '{text}'")
+    return ratio
 
 
 def variants(config: RunConfig) -> tuple[Variant, ...]:

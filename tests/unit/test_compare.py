@@ -322,7 +322,17 @@ def test_defences_are_masks_edits_or_both() -> None:
         Defence("imma", edit="imma"),
         Defence("uce+random", edit="uce", mask="random"),
     )
+    assert parse_defences(["freeze@0.5", "uce+random@0.25"], edits, masks) == (
+        Defence("freeze@0.5", mask="freeze", ratio=0.5),
+        Defence("uce+random@0.25", edit="uce", mask="random", ratio=0.25),
+    )
     for wrong, message in (
+        ("freeze@1", "between 0 and 1"),
+        ("freeze@nan", "between 0 and 1"),
+        ("freeze@", "between 0 and 1, got ''"),
+        ("none@0.5", "'none' freezes nothing"),
+        ("uce@0.5", "'uce' freezes nothing"),
+        ("freze@0.5", "did you mean 'freeze'"),
         ("freze", "did you mean 'freeze'"),
         ("zzz", "known: freeze, imma, none, random, uce"),
         ("uc+freeze", "did you mean 'uce'"),
