@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raygard.compare.plan import FOLLOWED_BY
+from raygard.compare.plan import AT, FOLLOWED_BY
 from raygard.outcome import LEARNED, NONE
 
 Points = Mapping[str, tuple[float, float]]
@@ -57,14 +57,14 @@ def equal_impact(points: Points, samples: Mapping[tuple[str, str], NDArray[np.fl
     """How much more the learned mask mitigates than the baselines at its own legal impact; None without its numbers.
 
     points: (legal impact, mitigation) of every defence that has both; an edit followed by the learned mask is no
-    baseline. samples: of `resampled_outcome`.
+    baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`.
     Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci"}: what the baselines
     reach there and between which of them, None where no baseline harms legal users as little; the interval is the
     paired 95 % percentile interval over the bootstrap samples in which they reach it.
     """
     if LEARNED not in points:
         return None
-    names = [name for name in points if name != LEARNED and not name.endswith(f"{FOLLOWED_BY}{LEARNED}")]
+    names = [name for name in points if LEARNED not in name.partition(AT)[0].split(FOLLOWED_BY)]
     at, own = points[LEARNED]
     found = reached({name: points[name] for name in names}, at)
     entry: dict[str, Any] = {"legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,

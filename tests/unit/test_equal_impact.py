@@ -45,7 +45,8 @@ def samples(points: dict[str, tuple[float, float]], noise: float = 0.0) -> dict[
 
 @pytest.mark.parametrize(("mitigation", "verdict"), [(0.9, "mask is better"), (0.1, "baselines are better")])
 def test_the_sign_says_who_is_better(mitigation: float, verdict: str) -> None:
-    points = {**BASELINES, "freeze": (0.4, mitigation), "uce+freeze": (0.0, 5.0)}
+    learned = {"uce+freeze": (0.0, 5.0), "freeze@0.5": (0.0, 5.0), "uce+freeze@0.5": (0.0, 5.0)}
+    points = {**BASELINES, "freeze": (0.4, mitigation), **learned}
     found = equal_impact(points, samples(points, 0.01))
     assert found is not None
     assert found["difference"] == pytest.approx(mitigation - 0.4) and found["between"] == ["small", "large"]
