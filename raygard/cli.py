@@ -158,6 +158,30 @@ def compare(
 
 
 @app.command()
+def tables(
+    small: Annotated[bool, typer.Option("--small", help="Of the small twins, on the bundled model.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="E.g. table3 or figure14; may be repeated.")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--runs", help="Where runs lie; may be repeated, the first that has one counts."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for tables.md, tables.tex and tables.html.")] = None,
+) -> None:
+    """The tables of the FreezeAsGuard paper with ours beside the published numbers.
+
+    Ours come from comparisons (docs/tables.md); what was not run is marked, with the command that would run it.
+    """
+    from raygard.compare.tables import plain_text
+    from raygard.paper_tables import FOLDERS, NAMES, fill, write_tables
+
+    blocks = [fill(name, small, runs or FOLDERS) for name in dict.fromkeys(only or NAMES)]
+    print(plain_text(blocks))
+    if out is not None:
+        for path in write_tables(blocks, out):
+            print(path)
+
+
+@app.command()
 def search(
     out: OutOption,
     config: Annotated[

@@ -1,10 +1,10 @@
-"""The summaries of a matrix as tables: plain cells first, then Markdown, LaTeX and HTML of the same cells."""
+"""Tables: the summaries of a matrix as plain cells, and Markdown, LaTeX, HTML and text of any table of cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from raygard.compare.equal_impact import answer
 from raygard.compare.matrix import DONE, FAILED, UNFINISHED
@@ -12,6 +12,15 @@ from raygard.outcome import LEARNED, bracket
 
 Summary = Mapping[str, Any]
 Lines = list[list[str]]
+
+
+class Block(NamedTuple):
+    """A table as text: heading, header and lines, and what must be read with it."""
+
+    heading: str
+    lines: Lines
+    remarks: list[str]
+
 
 # Of LaTeX: what must be written otherwise in running text.
 LATEX = {
@@ -70,41 +79,24 @@ def _learned(summary: Summary) -> bool:
     return any(entry["defence"] == LEARNED for entry in summary["defences"])
 
 
+def block(summary: Summary) -> Block:
+    """A summary as a table of text."""
+    return Block(heading(summary), lines(summary), remarks(summary))
+
+
 def to_markdown(summaries: Sequence[Summary]) -> str:
     """All tables, each with a heading and its remarks."""
-    parts = []
-    for summary in summaries:
-        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines(summary)]
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
-        notes = "\n".join(f"- {remark}" for remark in remarks(summary))
-        parts.append(f"## {heading(summary)}\n\n{rows}\n\n{notes}\n")
-    return "\n".join(parts)
+    return markdown([block(summary) for summary in summaries])
 
 
 def to_latex(summaries: Sequence[Summary]) -> str:
     """All tables as `table` environments with plain rules, which need no package."""
-    parts = []
-    for summary in summaries:
-        header, *body = [[latex(cell) for cell in line] for line in lines(summary)]
-        rows = "\n".join(f"{' & '.join(line)} \\\\" for line in body)
-        notes = "\n".join(f"% {' '.join(remark.split())}" for remark in remarks(summary))
-        parts.append(
-            f"{notes}\n\\begin{{table}}\n\\centering\n\\caption{{{latex(heading(summary))}}}\n"
-            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\hline\n{' & '.join(header)} \\\\\n\\hline\n{rows}\n"
-            "\\hline\n\\end{tabular}\n\\end{table}\n"
-        )
-    return "\n".join(parts)
+    return latex_tables([block(summary) for summary in summaries])
 
 
 def to_html(summary: Summary) -> str:
     """One table as an HTML `table` element, without a heading."""
-    header, *body = [[escape(cell) for cell in line] for line in lines(summary)]
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    rows = "\n".join(
-        f'<tr><th scope="row">{line[0]}</th>{"".join(f"<td>{cell}</td>" for cell in line[1:])}</tr>' for line in body
-    )
-    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    return html_table(lines(summary))
 
 
 def to_text(summaries: Sequence[Summary]) -> str:
@@ -112,11 +104,56 @@ def to_text(summaries: Sequence[Summary]) -> str:
     parts = []
     for summary in summaries:
         table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary) if line[0] != RELEASE]
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
         said = [answer(summary["equal_impact"])] if _learned(summary) else []
         around = [f"outside every mask: {what}" for what in summary["around"]]
-        parts.append("\n".join([heading(summary), *text, *said, *around, *summary["reasons"]]))
+        parts.append(Block(heading(summary), table, [*said, *around, *summary["reasons"]]))
+    return plain_text(parts)
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """Every block as a heading, a Markdown table and a list of its remarks."""
+    parts = []
+    for title, table, notes in blocks:
+        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in table]
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+        listed = "\n".join(f"- {note}" for note in notes)
+        parts.append(f"## {title}\n\n{rows}\n\n{listed}\n")
+    return "\n".join(parts)
+
+
+def latex_tables(blocks: Sequence[Block]) -> str:
+    """Every block as a `table` environment; its remarks are comments."""
+    parts = []
+    for title, table, notes in blocks:
+        header, *body = [[latex(cell) for cell in line] for line in table]
+        rows = "\n".join(f"{' & '.join(line)} \\\\" for line in body)
+        comments = "\n".join(f"% {' '.join(note.split())}" for note in notes)
+        parts.append(
+            f"{comments}\n\\begin{{table}}\n\\centering\n\\caption{{{latex(title)}}}\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\hline\n{' & '.join(header)} \\\\\n\\hline\n{rows}\n"
+            "\\hline\n\\end{tabular}\n\\end{table}\n"
+        )
+    return "\n".join(parts)
+
+
+def html_table(table: Lines) -> str:
+    """Header and lines as an HTML `table` element."""
+    header, *body = [[escape(cell) for cell in line] for line in table]
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    rows = "\n".join(
+        f'<tr><th scope="row">{line[0]}</th>{"".join(f"<td>{cell}</td>" for cell in line[1:])}</tr>' for line in body
+    )
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+
+
+def plain_text(blocks: Sequence[Block]) -> str:
+    """Every block for a terminal: heading, aligned columns, one line for each remark."""
+    parts = []
+    for title, table, notes in blocks:
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
+        parts.append("\n".join([title, *text, *notes]))
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from raygard.compare.tables import heading, remarks, to_html
+from raygard.compare.tables import Block, heading, html_table, remarks, to_html
 from raygard.report import plots
 from raygard.report.html import both_themes, run_facts, settings_list, write_page
 
@@ -75,3 +75,21 @@ def build_matrix_page(
 
 def _cells(count: int) -> str:
     return f"{count} cell{'s' * (count != 1)}"
+
+
+def build_tables_page(blocks: Sequence[Block], target: Path) -> Path:
+    """Write a page of tables alone, e.g. those of the paper with ours beside them."""
+    content = {
+        "name": "the paper's tables",
+        "domain": "",
+        "headline": "Ours beside the published numbers",
+        "verdict": [],
+        "missing": [],
+        "cards": [],
+        "maps": [],
+        "tables": [(title, Markup(html_table(lines)), notes) for title, lines, notes in blocks],
+        "facts": [("tables", str(len(blocks)))],
+        "counts": {},
+        "settings": [],
+    }
+    return write_page("matrix.html.j2", content, target)

@@ -20,7 +20,7 @@ QUICK = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 ROOT = Path(raygard.__file__).parents[1]
-SHIPPED = sorted([*(ROOT / "jobs" / "configs").glob("*.yaml"), *(ROOT / "raygard" / "zoo").glob("*.yaml")])
+SHIPPED = sorted([*(ROOT / "jobs" / "configs").rglob("*.yaml"), *(ROOT / "raygard" / "zoo").glob("*.yaml")])
 KEYS = sorted(flatten(RunConfig()))
 
 
