@@ -1,7 +1,4 @@
-"""The command line. Thin: parse, call, exit code.
-
-Exit codes: 0 done; 1 a defect or a failed cluster; 2 bad input, in one line; 3 an audit found moved tensors.
-"""
+"""The command line. Thin: parse, call, exit code (`raygard.errors.ExitCode`, docs/cluster-jobs.md)."""
 
 from __future__ import annotations
 
@@ -9,20 +6,31 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import raygard
-from raygard.errors import RaygardError
-
-EXIT_BAD_INPUT = 2
-EXIT_MOVED = 3
+from raygard.cli_cluster import cluster_app
+from raygard.cli_options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverridesArgument,
+    QuietOption,
+    StageOption,
+    WorkersOption,
+)
+from raygard.cli_options import resolve_config as _config
+from raygard.errors import ExitCode, RaygardError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,43 +43,13 @@ app = typer.Typer(
         "`raygard learn --out DIR mask.freeze_ratio=0.5`."
     ),
 )
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. one of jobs/configs/.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Run directory; finished stages in it are not run again.")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Settings as key=value.", metavar="[KEY=VALUE]...")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="diffusers directory or hub id.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="imagefolder with metadata.jsonl or metadata.csv.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", help="Ray Train workers (engine.num_workers).")]
-StageOption = Annotated[
-    int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-
-
-def _config(
-    config: Path | None,
-    overrides: list[str] | None,
-    model: str | None = None,
-    data: str | None = None,
-    workers: int | None = None,
-    zero_stage: int | None = None,
-) -> Any:
-    from raygard.config_file import load_config
-
-    options = {
-        "model.pretrained_model_name_or_path": model,
-        "domain.data": data,
-        "engine.num_workers": workers,
-        "engine.zero_stage": zero_stage,
-    }
-    extra = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
-    return load_config(config, [*extra, *(overrides or [])])
+app.add_typer(cluster_app)
 
 
 @contextmanager
 def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compares: bool = False) -> Iterator[Any]:
     """A flow on a cluster that can run it; the cluster is left again at the end."""
+    from raygard.cluster.doctor.examine import require_fit
     from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources
     from raygard.compare_flow import CompareFlow
@@ -85,6 +63,7 @@ def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compar
             require_resources(config.engine)
             if evaluates:
                 require_evaluation(config.evaluation)
+            require_fit(config, out)
 
         yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
 
@@ -201,6 +180,7 @@ def search(
     """
     import ray
 
+    from raygard.cluster.doctor.examine import require_fit
     from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources, require_state_api
     from raygard.progress import Progress
@@ -221,6 +201,7 @@ def search(
             require_evaluation(run_config.evaluation)
             concurrent_trials(run_config, ray.cluster_resources())
             require_state_api()
+            require_fit(run_config, out)
 
         # All are checked before the first one starts: a mistake in the last would otherwise show up hours later.
         flows = [
@@ -283,6 +264,35 @@ def learn(
             before, after = facts["base_loss_before"], facts["base_loss_after"]
             print(f"values   new ones in all of them; the base model's own loss {before:.4f} -> {after:.4f}")
         print(f"mask     {facts['mask']}")
+
+
+@app.command()
+def evaluate(
+    out: OutOption,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--mask", help="Mask to measure; repeat it for masks of several seeds. Else those learned in OUT."
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a mask without learning one: users adapt every class under it and under controls, and are scored.
+
+    Masks that `raygard learn` left in OUT are taken if no `--mask` is given.
+    """
+    from raygard.mask import FreezeMask
+
+    masks = [FreezeMask.load(path) for path in mask or ()]
+    seeds = [f"evaluation.mask_seeds={json.dumps(list(range(len(masks))))}"] if masks else []
+    run_config = _config(config, [*(overrides or []), *seeds], model, data)
+    with _flow(run_config, out, quiet) as flow, flow.parent:
+        outcome = flow.evaluate_masks(masks)
+    _print_outcome(flow, outcome)
 
 
 @app.command()
@@ -392,7 +402,7 @@ def audit(
             print(f"outside every mask: {what}")
         print(kept if findings.ok else f"{len(findings.moved)} {broken}")
     if not findings.ok:
-        raise typer.Exit(EXIT_MOVED)
+        raise typer.Exit(ExitCode.MOVED)
 
 
 @app.command()
@@ -443,30 +453,32 @@ def demo_config() -> Path:
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line and exit code 2."""
+    """Entry point: user mistakes become one line and exit code 2; whatever fails, its last line says why."""
     _quieten()
     try:
         code = app(standalone_mode=False)
     except RaygardError as error:
-        _fail(str(error))
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             describe = getattr(error, "format_message", None)
             message = " ".join((describe() if describe else str(error)).split())
             if message:
-                _fail(message)
-            sys.exit(EXIT_BAD_INPUT)
-        raise
-    sys.exit(code if isinstance(code, int) else 0)
+                _fail(message, ExitCode.BAD_INPUT)
+            sys.exit(ExitCode.BAD_INPUT)
+        traceback.print_exc()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        _fail(f"failed: {type(error).__name__}: {lines[-1] if lines else 'no reason given'}", ExitCode.DEFECT)
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: ExitCode) -> NoReturn:
+    # A job's log takes both streams: what waits in the other one must not come after the reason.
+    sys.stdout.flush()
     print(f"raygard: {message}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code)
 
 
 def _quieten() -> None:

@@ -1,16 +1,36 @@
-"""The one exception type for mistakes a user can mend."""
+"""The exception type for mistakes a user can mend, and the exit codes of every command and job."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command, or a job, ends with; docs/cluster-jobs.md says what each is for."""
+
+    DONE = 0
+    DEFECT = 1
+    BAD_INPUT = 2
+    MOVED = 3
+    UNFIT_CLUSTER = 4
+    INTERRUPTED = 130
 
 
 class RaygardError(ValueError):
     """What is wrong, the offending value, and how to mend it, in one line.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class UnfitClusterError(RaygardError):
+    """What `raygard doctor` finds wrong with a cluster, before a job is started on it."""
+
+    exit_code = ExitCode.UNFIT_CLUSTER
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

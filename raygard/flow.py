@@ -21,7 +21,7 @@ from raygard.adaptation import get_adaptation
 from raygard.config import SCHEDULING, RunConfig, config_hash, flatten
 from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement, unlearned_mask, with_values
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import model_fingerprint, with_resolution
+from raygard.diffusion.model import load_unet, model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
@@ -83,6 +83,9 @@ class Flow:
             self.tracker = upstream.tracker
             self.parent = self.tracker.start(self.dir.path.name, parent=upstream.parent, tags=tags)
         self.parent.params({**flatten(config), "config_hash": config_hash(config)})
+        if upstream is None and self.parent.address:
+            # `raygard submit` finds the run by this line of the job's log.
+            log.info("MLflow run %s", self.parent.address)
 
     @property
     def root(self) -> Path:
@@ -310,6 +313,30 @@ class Flow:
             bar.advance(1, path.name)
         self.parent.artifact(path, "report")
         return path
+
+    def evaluate_masks(self, masks: Sequence[FreezeMask]) -> dict[str, Any]:
+        """`evaluate` and `report` for masks from elsewhere, one for each of `evaluation.mask_seeds`.
+
+        masks: none takes those that this run directory has learned. Raises RaygardError if it has not learned them, or
+        if a mask was made for another model.
+        """
+        shapes = {name: tuple(p.shape) for name, p in load_unet(self.config.model).named_parameters()}
+        for mask in masks:
+            mask.check_model(shapes)
+        if not masks:
+            seeds = self.config.evaluation.mask_seeds
+            missing = [seed for seed in seeds if not (self.dir / f"learn/seed-{seed}" / "mask").is_dir()]
+            if missing:
+                raise RaygardError(
+                    f"{self.dir.path} has no mask of seed {missing[0]}; give --mask, or learn it there first "
+                    "(raygard learn with the same configuration)"
+                )
+            masks = self.learn_all()
+        else:
+            self.release(masks)
+        outcome = self.evaluate(masks)
+        self.report()
+        return outcome
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the outcome."""

@@ -26,6 +26,7 @@ from typing import Any
 import raygard
 from raygard.config import TrackingConfig
 from raygard.errors import RaygardError
+from raygard.tracking_store import run_address
 
 STATE, SPOOL, DATABASE, ARTIFACTS = "tracking.json", "tracking_spool.jsonl", "mlflow.db", "mlartifacts"
 DOMAIN_TAG, MASK_TAG, GIT_TAG, PARENT_TAG = (
@@ -281,6 +282,11 @@ class RunHandle:
             raise RaygardError(f"run status '{status}' must be FINISHED, FAILED or KILLED")
         self.tracker._submit({"op": "finish", "run": self.key, "status": status, "time": _now()})
 
+    @property
+    def address(self) -> str | None:
+        """Where to look at the run; None if tracking is disabled or its server is gone."""
+        return self.tracker._address(self.key)
+
     def __enter__(self) -> RunHandle:
         return self
 
@@ -368,6 +374,12 @@ class Tracker:
     def connected(self) -> bool:
         """False if tracking is disabled, or its store failed and records are spooled."""
         return self._store is not None
+
+    def _address(self, key: str) -> str | None:
+        if self._store is None or self._state is None:
+            return None
+        run_id, experiment_id = self._store.run_id(key), self._store.experiment_id()
+        return run_address(self._state.data["uri"], self.run_dir / DATABASE, experiment_id, run_id)
 
     def _submit(self, record: dict[str, Any]) -> None:
         if not self.enabled:

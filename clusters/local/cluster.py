@@ -96,7 +96,10 @@ def start(folder: Path, workers: int, cpus: int) -> None:
         )  # fmt: skip
         _wait_for_nodes(folder, state, 1)
         for number in range(1, workers + 1):
-            node(f"worker-{number}", f"--address={state['address']}", f"--num-cpus={cpus}", "--num-gpus=0")
+            # A folder of its own, as on a machine of its own: nodes unpack a job's working directory there, and
+            # whoever comes second would take it from under the first.
+            own = f"--temp-dir={state['temp_dir']}/{number}"
+            node(f"worker-{number}", f"--address={state['address']}", own, f"--num-cpus={cpus}", "--num-gpus=0")
         _wait_for_nodes(folder, state, 1 + workers)
     except BaseException:
         stop(folder)

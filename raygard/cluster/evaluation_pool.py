@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raygard.cluster.coordinator import Coordinator
+from raygard.cluster.session import node_resources
 from raygard.config import EvaluationConfig, RunConfig
 from raygard.errors import RaygardError
 
@@ -103,27 +105,36 @@ def outside_groups() -> Any:
 
 
 def require_evaluation(evaluation: EvaluationConfig) -> None:
-    """Raise RaygardError, with the arithmetic, if the cluster can never place the actors and one adaptation."""
-    import ray
+    """`evaluation_fits` on the cluster that this process is connected to."""
+    evaluation_fits(evaluation, node_resources())
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+def evaluation_fits(evaluation: EvaluationConfig, nodes: Sequence[Mapping[str, float]]) -> str:
+    """The arithmetic of the actors and one adaptation on nodes with these total resources.
+
+    Raises RaygardError, with the arithmetic, if the nodes can never hold them.
+    """
     e = evaluation
     needs = {
         "CPU": ((e.generators, e.generator_cpus), (e.scorers, e.scorer_cpus), (1, e.cpus_per_job)),
         "GPU": ((e.generators, e.generator_gpus), (e.scorers, e.scorer_gpus), (1, e.gpus_per_job)),
     }
+    said = []
     for resource, terms in needs.items():
         have = [node.get(resource, 0.0) for node in nodes]
         total, largest = sum(count * each for count, each in terms), max(each for _, each in terms)
+        (g, each_g), (s, each_s), (_, job) = terms
+        sums = f"{g} generators x {each_g:g} + {s} scorers x {each_s:g} + one adaptation x {job:g} = {total:g}"
         if largest > max(have, default=0.0) + 1e-9:
             raise RaygardError(
                 f"one evaluation process needs {largest:g} {resource}, but the largest node has "
                 f"{max(have, default=0.0):g}; lower evaluation.*_{resource.lower()}s, or add a larger node"
             )
         if total > sum(have) + 1e-9:
-            (g, each_g), (s, each_s), (_, job) = terms
             raise RaygardError(
-                f"{g} generators x {each_g:g} + {s} scorers x {each_s:g} + one adaptation x {job:g} = {total:g} "
-                f"{resource}, but the cluster has {sum(have):g}; lower evaluation.generators, evaluation.scorers or "
-                f"what each takes, or add nodes"
+                f"{sums} {resource}, but the cluster has {sum(have):g}; lower evaluation.generators, "
+                "evaluation.scorers or what each takes, or add nodes"
             )
+        if total:
+            said.append(f"{sums} of {sum(have):g} {resource}")
+    return ", ".join(said)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from raygard.cluster.address import TOKEN_HELP, is_dashboard, refused_token, require_answer
 from raygard.config import EngineConfig
 from raygard.errors import RaygardError
 
@@ -33,11 +34,18 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        if is_dashboard(address):
+            raise RaygardError(
+                f"RAY_ADDRESS={address} is a dashboard: from outside a cluster, run `raygard submit -- python "
+                "jobs/...`; to run on this machine alone, unset RAY_ADDRESS"
+            )
+        if address not in ("auto", "local"):
+            require_answer(address)
         options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
-        environment = {}
+        variables = {}
     else:
         port = _free_port()
-        environment = {"RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{port}"}
+        variables = {"RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{port}"}
         # With the dashboard off, fewer processes start and nothing listens beyond what Ray itself needs.
         options |= {
             "address": "local",
@@ -56,14 +64,17 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
     try:
         # Ray Train asks the state API, from worker processes, whether a run still lives. Unless these know their own
         # cluster's address, they ask whichever cluster of the machine is newest, and free the wrong things or nothing.
-        with _environment(environment):
+        with environment(variables):
             ray.init(**options)
+    except ray.exceptions.AuthenticationError:
+        raise refused_token(address or "this machine") from None
     except (ConnectionError, ray.exceptions.RaySystemError, RuntimeError) as error:
         if not address:
             raise
+        # Ray says the same of a wrong token and of what is no Ray head at all.
         raise RaygardError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
-            "start it or unset RAY_ADDRESS"
+            f"what listens at RAY_ADDRESS={address} does not let this process in ({str(error).splitlines()[0]}): "
+            f"another token, another Ray version, or no Ray head; {TOKEN_HELP}"
         ) from None
     try:
         yield
@@ -72,7 +83,8 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the time of the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -111,21 +123,46 @@ def require_state_api() -> None:
         ) from None
 
 
-def require_resources(engine: EngineConfig) -> None:
-    """Raise RaygardError, with the arithmetic, if the cluster can never place the workers of one training run."""
+def node_resources() -> list[dict[str, float]]:
+    """Total resources of every node that is alive."""
     import ray
 
-    have = ray.cluster_resources()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for resource, each in {"CPU": engine.cpus_per_worker, "GPU": 1.0 if engine.use_gpu else 0.0}.items():
-        amount, largest = engine.num_workers * each, max((node.get(resource, 0.0) for node in nodes), default=0.0)
-        if amount > have.get(resource, 0.0) + 1e-9:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def require_resources(engine: EngineConfig) -> None:
+    """`workers_fit` on the cluster that this process is connected to."""
+    workers_fit(engine, node_resources())
+
+
+def workers_fit(engine: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> str:
+    """The arithmetic of one training run's workers on nodes with these total resources.
+
+    Raises RaygardError, with the arithmetic, if the nodes can never hold them.
+    """
+    needs = {"CPU": engine.cpus_per_worker, "GPU": 1.0 if engine.use_gpu else 0.0}
+    said = []
+    for resource, each in needs.items():
+        have = [node.get(resource, 0.0) for node in nodes]
+        amount, total, largest = engine.num_workers * each, sum(have), max(have, default=0.0)
+        if amount > total + 1e-9:
             raise RaygardError(
                 f"{engine.num_workers} workers x {each:g} {resource} = {amount:g} {resource}, but the cluster has "
-                f"{have.get(resource, 0.0):g}; lower engine.num_workers or engine.cpus_per_worker, or add nodes"
+                f"{total:g}; lower engine.num_workers or engine.cpus_per_worker, or add nodes"
             )
         if each > largest + 1e-9:
             raise RaygardError(
                 f"one worker needs {each:g} {resource}, but the largest node has {largest:g}; lower "
                 "engine.cpus_per_worker, or add a larger node"
             )
+        if each:
+            said.append(f"{engine.num_workers} workers x {each:g} {resource} = {amount:g} of {total:g}")
+    # A worker cannot be split: what is left over on each node adds up to nothing.
+    places = sum(int(min(node.get(name, 0.0) / each for name, each in needs.items() if each) + 1e-9) for node in nodes)
+    if places < engine.num_workers:
+        one = " and ".join(f"{each:g} {name}" for name, each in needs.items() if each)
+        raise RaygardError(
+            f"{engine.num_workers} workers of {one} each, but the nodes have room for {places} (a worker cannot be "
+            "split over nodes); lower engine.num_workers or engine.cpus_per_worker, or add nodes"
+        )
+    return ", ".join(said)

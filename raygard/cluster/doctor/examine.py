@@ -1,0 +1,107 @@
+"""`raygard doctor`: on this cluster, on one that is only reached through its dashboard, and before a long job."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raygard.cluster.address import TOKEN_HELP, cluster_address
+from raygard.cluster.doctor.checks import Check, all_green, judge
+from raygard.cluster.doctor.facts import collect
+from raygard.cluster.session import environment, ray_session
+from raygard.cluster.submit import follow, jobs_client, submit
+from raygard.config import RunConfig
+from raygard.errors import RaygardError, UnfitClusterError
+
+CONFIG_FILE = "doctor.yaml"
+
+
+def examine(config: RunConfig, out: str | Path, address: str | None) -> list[Check]:
+    """Check the cluster whose head is at `address` (HOST:PORT), or for None a private one on this machine.
+
+    out: where the run directory would lie. A cluster that cannot be reached, or does not let us in, is one red check.
+    """
+    try:
+        with environment({"RAY_ADDRESS": address} if address else {}), ray_session():
+            return judge(config, collect(config, out, address or ""))
+    except RaygardError as error:
+        return [_unreachable(error)]
+
+
+def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> list[Check]:
+    """As `examine`, for a cluster reached through its dashboard (http): a job in it looks around.
+
+    Raises RaygardError if that job did not come to an end.
+    """
+    log: list[str] = []
+    try:
+        with jobs_client(address) as client, tempfile.TemporaryDirectory(prefix="raygard-") as folder:
+            if _takes_anyone(address):
+                mend = "start its nodes with RAY_AUTH_MODE=token: whoever reaches it can run code on it"
+                return [Check("cluster", False, f"the cluster at {address} takes jobs without a token", mend)]
+            content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (Path(folder) / CONFIG_FILE).write_text(content, encoding="utf-8")
+            command = ["python", "-m", "raygard.cli", "doctor", "--config", CONFIG_FILE, "--out", str(out), "--json"]
+            job_id = submit(client, command, Path(folder))
+            ended = follow(client, job_id, log.append)
+    except RaygardError as error:
+        return [_unreachable(error)]
+    if ended.detached:
+        raise KeyboardInterrupt
+    checks = read_checks("".join(log))
+    if checks is None:
+        last = next((line for line in reversed("".join(log).splitlines()) if line.strip()), ended.reason or "no output")
+        raise RaygardError(f"the job that looks around in the cluster at {address} failed (ray job {job_id}): {last}")
+    return checks
+
+
+def require_fit(config: RunConfig, out: str | Path) -> None:
+    """Before a long job on a cluster that RAY_ADDRESS names: raise UnfitClusterError with every red line.
+
+    The process must be connected. Does nothing on a private cluster, which has only the machine it runs on.
+    """
+    address = cluster_address(None)
+    if address is None:
+        return
+    checks = judge(config, collect(config, out, address))
+    if not all_green(checks):
+        red = " | ".join(check.line().removeprefix("RED").strip() for check in checks if not check.ok)
+        raise UnfitClusterError(f"this cluster cannot run the job (raygard doctor): {red}")
+
+
+def report_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """What `raygard doctor --json` prints."""
+    return {"ok": all_green(checks), "checks": [check.to_json() for check in checks]}
+
+
+def read_checks(text: str) -> list[Check] | None:
+    """The checks in the last line of a log that is the output of `raygard doctor --json`; None if there is none."""
+    for line in reversed(text.splitlines()):
+        try:
+            content = json.loads(line)
+            return [Check(**entry) for entry in content["checks"]]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _unreachable(error: RaygardError) -> Check:
+    text, _, mend = str(error).partition("; ")
+    return Check("cluster", False, text, mend or TOKEN_HELP)
+
+
+def _takes_anyone(address: str) -> bool:
+    """Whether the dashboard lists jobs to a caller without a token."""
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/jobs/")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.URLError:
+        return False

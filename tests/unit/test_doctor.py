@@ -1,0 +1,241 @@
+"""Verdicts of `raygard doctor` on made-up facts, the estimate of memory, and what a node looks at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raygard.bilevel.optimizer import BilevelOptimizer
+from raygard.bilevel.segments import ShardLayout
+from raygard.cluster.doctor import node as on_node
+from raygard.cluster.doctor.checks import Check, Facts, NodeFacts, all_green, judge
+from raygard.cluster.doctor.examine import examine, read_checks, report_json, require_fit
+from raygard.cluster.doctor.facts import existing_folder, worker_memory
+from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
+from raygard.cluster.doctor.node import Listing
+from raygard.config import ModelConfig
+from raygard.config_file import load_config
+from raygard.diffusion.model import load_unet
+from raygard.diffusion.shape import denoiser_config, measure_denoiser
+from raygard.errors import ExitCode, RaygardError, UnfitClusterError
+
+VERSIONS = {"python": "3.11.7", "ray": "2.60.0"}
+
+
+def a_node(name: str, **facts: Any) -> NodeFacts:
+    resources = {"CPU": 2.0, "GPU": 1.0, "object_store_memory": 1e9}
+    defaults = {"resources": resources, "versions": VERSIONS, "shm_bytes": 8 * GIB, "memory_bytes": 64 * GIB}
+    return NodeFacts(name, name, **{**defaults, "gpus": [(80 * GIB, 80 * GIB)], **facts})
+
+
+def the_facts(*nodes: NodeFacts, **other: Any) -> Facts:
+    defaults = {"address": "h:1", "storage": "/s", "versions": VERSIONS, "memory": {"weights": GIB}}
+    return Facts(**{**defaults, "nodes": nodes or (a_node("a"), a_node("b")), "mlflow_trouble": None, **other})
+
+
+GPU = ("engine.use_gpu=true",)
+REMOTE = ("tracking.tracking_uri=http://m:5000",)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "facts", "said"),
+    [
+        ("cluster", (), the_facts(a_node("a"), NodeFacts("b", "b", failed="no answer")), "1 of 2 nodes run no task"),
+        ("versions", (), the_facts(a_node("a"), a_node("b", versions={**VERSIONS, "ray": "2.59.0"})), "2.59.0 on b"),
+        ("versions", (), the_facts(a_node("a", versions={"python": "3.11.7"})), "ray missing on a"),
+        ("resources", ("engine.num_workers=8",), the_facts(), "8 workers x 1 CPU = 8 CPU, but the cluster has 4"),
+        ("resources", ("engine.cpus_per_worker=3",), the_facts(), "one worker needs 3 CPU"),
+        ("resources", ("engine.cpus_per_worker=1.5", "engine.num_workers=2"), the_facts(), ""),
+        ("resources", ("evaluation.generators=9", "evaluation.generator_cpus=1"), the_facts(), "9 generators x 1"),
+        ("storage", (), the_facts(a_node("a"), a_node("b", wrote="Permission denied")), "b: Permission denied"),
+        ("storage", (), the_facts(a_node("a"), a_node("b", unseen=["a"])), "b does not see what a writes"),
+        ("shm", (), the_facts(a_node("a", shm_bytes=64 * 1024**2)), "a has 64 of 954 MiB"),
+        ("shm", GPU, the_facts(a_node("a", shm_bytes=10**9)), "of 1978 MiB"),
+        ("memory", GPU, the_facts(a_node("a", gpus=[(GIB, 80 * GIB)])), "0 of 1 GPUs have that free, 1 are needed"),
+        ("memory", GPU, the_facts(a_node("a", gpus=[])), "no node shows a GPU"),
+        ("memory", (), the_facts(a_node("a", memory_bytes=GIB // 2)), "a may get 1 and has 0.5 GiB"),
+        ("memory", (), the_facts(memory="no unet/config.json"), "no unet/config.json"),
+        ("mlflow", REMOTE, the_facts(mlflow_trouble="refused"), "does not answer (refused)"),
+        ("model", (), the_facts(a_node("a"), a_node("b", model=Listing(error="no such folder"))), "b: no such folder"),
+        ("model", (), the_facts(a_node("a", model=Listing(3, 9)), a_node("b", model=Listing(2, 9))), "differs"),
+        ("data", (), the_facts(a_node("a", data=Listing(error="gone"))), "a: gone"),
+    ],
+)
+def test_one_fault_is_one_red_line_with_its_mend(name: str, settings: tuple[str, ...], facts: Facts, said: str) -> None:
+    checks = judge(load_config(None, settings), facts)
+    red = [check for check in checks if not check.ok]
+    if not said:
+        assert not red
+        return
+    (check,) = red
+    assert check.name == name and said in check.text and check.mend
+    assert "\n" not in check.line() and check.line().startswith("RED") and check.mend in check.line()
+
+
+@pytest.mark.parametrize("settings", [(), GPU, REMOTE, ("tracking.enabled=false",)])
+def test_a_cluster_without_fault_is_green_on_every_line(settings: tuple[str, ...]) -> None:
+    checks = judge(load_config(None, settings), the_facts())
+    assert all_green(checks) and len({check.name for check in checks}) == 9
+    assert all(check.line().startswith("green") for check in checks)
+    (resources,) = (check for check in checks if check.name == "resources")
+    assert "1 workers x 1 CPU = 1 of 4" in resources.text
+
+
+def test_workers_are_not_split_over_nodes() -> None:
+    config = load_config(None, ["engine.cpus_per_worker=1.5", "engine.num_workers=2"])
+    nodes = [replace(a_node(name), resources={"CPU": cpus}) for name, cpus in (("a", 2.0), ("b", 1.0), ("c", 1.0))]
+    (red,) = (check for check in judge(config, the_facts(*nodes)) if not check.ok)
+    assert "2 workers of 1.5 CPU each, but the nodes have room for 1" in red.text
+
+
+def test_checks_survive_the_way_through_a_job_log() -> None:
+    checks = [Check("cluster", True, "3 nodes"), Check("shm", False, "small", "raise it")]
+    log = f'INFO something {{"checks"\n{json.dumps(report_json(checks))}\nnot json\n'
+    assert read_checks(log) == checks and read_checks("nothing\n[1]\n3") is None
+
+
+def test_a_cluster_that_does_not_answer_is_one_red_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    (check,) = examine(load_config(None), tmp_path, "127.0.0.1:1")
+    assert (check.name, check.ok) == ("cluster", False) and "127.0.0.1:1" in check.text and "start it" in check.mend
+
+
+def test_long_jobs_are_refused_with_every_red_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unfit = the_facts(a_node("a", shm_bytes=0, data=Listing(error="gone")))
+    module = sys.modules["raygard.cluster.doctor.examine"]
+    monkeypatch.setattr(module, "collect", lambda *_: unfit)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    require_fit(load_config(None), tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "h:1")
+    with pytest.raises(UnfitClusterError, match=r"shm.*\| data.*gone") as refused:
+        require_fit(load_config(None), tmp_path)
+    assert refused.value.exit_code == ExitCode.UNFIT_CLUSTER and "\n" not in str(refused.value)
+    monkeypatch.setattr(module, "collect", lambda *_: the_facts())
+    require_fit(load_config(None), tmp_path)
+
+
+# Memory
+
+
+def estimate(**changes: Any) -> dict[str, int]:
+    settings: dict[str, Any] = {
+        "zero_stage": 2, "num_workers": 4, "mixed_precision": "no", "user_optimizer": "adamw",
+        "samples_per_worker": 1, "saved_elements": 1000, "host": False,
+    }  # fmt: skip
+    return estimate_memory(changes.pop("num_params", 10**9), **{**settings, **changes})
+
+
+def test_standing_memory_is_that_of_the_optimizer() -> None:
+    weights = torch.nn.Parameter(torch.randn(1000))
+    optimizer = BilevelOptimizer([weights], rule=None, user_optimizer="adamw", lr=1e-3)
+    layout = ShardLayout.dense({"w": 1000})
+    optimizer.bind([weights], layout, {"w": weights.detach().clone()}, {"w": torch.zeros(1000)})
+    weights.grad = torch.randn(1000)
+    optimizer.step()
+    state = sum(v.nbytes for v in optimizer.state[weights].values() if torch.is_tensor(v))
+    terms = estimate(num_params=1000, zero_stage=0, num_workers=1, saved_elements=10**6)
+    assert terms["theta_d"] + terms["Adam's moments"] == state
+    assert terms["weights"] + terms["gradients"] == weights.nbytes + weights.grad.nbytes
+
+
+def test_each_stage_divides_what_it_shards() -> None:
+    totals = [sum(estimate(zero_stage=stage).values()) for stage in (1, 2, 3)]
+    assert totals[0] > totals[1]
+    assert estimate(zero_stage=2)["gradients"] * 4 == estimate(zero_stage=1)["gradients"] == 4 * 10**9
+    assert estimate(zero_stage=3)["weights"] * 4 == estimate(zero_stage=2)["weights"] == 4 * 10**9
+    one, many = (estimate(zero_stage=2, num_workers=n)["Adam's moments"] for n in (1, 8))
+    assert one == 8 * many
+    assert "float32 shard" not in estimate(zero_stage=0)
+
+
+def test_only_what_lives_at_the_same_time_is_added() -> None:
+    backward = estimate(saved_elements=10**10)
+    assert backward["activations"] == 4 * 10**10 and "Adam's temporary" not in backward
+    step = estimate(num_workers=1, saved_elements=1, num_params=10**10)
+    assert "activations" not in step and step["Adam's temporary"] == 4 * 10**10
+    assert estimate(saved_elements=10**10)["reduce buffer"] == 4 * REDUCE_BUCKET
+    assert estimate(saved_elements=10**10, host=True, num_params=1000)["reduce buffer"] == 4000
+
+
+def test_half_precision_halves_weights_and_activations_only() -> None:
+    full, half = estimate(saved_elements=10**10), estimate(saved_elements=10**10, mixed_precision="bf16")
+    for name in ("weights", "gradients", "activations"):
+        assert full[name] == 2 * half[name]
+    for name in ("theta_d", "float32 shard", "Adam's moments"):
+        assert full[name] == half[name]
+    assert estimate(mixed_precision="bf16", zero_stage=0)["weights"] == 4 * 10**9
+
+
+def test_the_description_adds_up() -> None:
+    assert describe_memory({"a": 3 * GIB, "b": GIB, "c": 1}) == "4.0 GiB = a 3.0 + b 1.0"
+
+
+def test_a_shape_has_the_published_number_of_parameters() -> None:
+    found = measure_denoiser(denoiser_config(ModelConfig(pretrained_model_name_or_path="SD2.1-shape")), 8)
+    assert (found.num_params, found.num_tensors) == (865_910_724, 686)
+    with pytest.raises(RaygardError, match=r"no known shape 'SD2-shape'.*SD2.1-shape"):
+        denoiser_config(ModelConfig(pretrained_model_name_or_path="SD2-shape"))
+
+
+def test_fake_activations_are_those_a_real_pass_keeps(tiny_sd: Path) -> None:
+    model = ModelConfig(pretrained_model_name_or_path=str(tiny_sd))
+    found = measure_denoiser(denoiser_config(model), 8)
+    unet = load_unet(model).train()
+    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    assert (found.num_params, found.num_tensors) == (sum(p.numel() for p in unet.parameters()), len(own))
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet(torch.randn(1, 4, 8, 8), torch.tensor([0]), torch.randn(1, 77, 16))
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
+    assert found.saved_elements * 4 == pytest.approx(real, rel=0.02)
+
+
+def test_a_run_is_estimated_from_its_configuration() -> None:
+    small, large = (
+        worker_memory(load_config(None, ["domain.resolution=64", f"bilevel.train_batch_size={batch}"]))
+        for batch in (16, 32)
+    )
+    assert large["activations"] == 2 * small["activations"]
+
+
+# A node
+
+
+def test_markers_tell_one_file_system_from_two(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for folder in ("one", "two"):
+        assert on_node.write_marker(str(tmp_path / folder / "m"), folder) is None
+    assert on_node.write_marker(str(tmp_path / "one" / "m"), "other") is None
+    assert on_node.unseen_markers(str(tmp_path / "one" / "m"), ["one", "other"], 0) == []
+    assert on_node.unseen_markers(str(tmp_path / "two" / "m"), ["one", "two"], 0) == ["one"]
+    (tmp_path / "one" / "m" / "one").write_text("left by somebody else")
+    assert on_node.unseen_markers(str(tmp_path / "one" / "m"), ["one"], 0) == ["one"]
+    on_node.remove_markers(str(tmp_path / "one" / "m"))
+    assert list((tmp_path / "one").iterdir()) == []
+    assert "No such file" in str(on_node.write_marker(str(tmp_path / "none" / "m"), "a"))
+    assert not (tmp_path / "none").exists()
+    assert existing_folder(tmp_path / "one" / "not" / "yet") == tmp_path / "one"
+
+
+def test_listings_name_what_cannot_be_read(tmp_path: Path, tiny_sd: Path) -> None:
+    found = on_node.list_model(str(tiny_sd), None)
+    assert found.error is None and found.num_files >= 8 and found.size_bytes > 1000
+    assert "no model_index.json" in str(on_node.list_model(str(tmp_path), None).error)
+    assert on_node.list_model("/no/such/model", None).error
+    assert "/no/such/data" in str(on_node.list_data("/no/such/data").error)
+    assert on_node.list_data("zoo:emoji-styles").num_files > 0
+    assert on_node.main_memory() > 2**20

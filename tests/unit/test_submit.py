@@ -1,0 +1,152 @@
+"""`raygard submit` without a cluster: what would be uploaded, what a job ended with, and refusals in one line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus
+
+from raygard.cluster import package as packing
+from raygard.cluster import submit as submitting
+from raygard.cluster.address import cluster_address, is_dashboard, require_answer
+from raygard.cluster.package import measure_package, require_uploadable
+from raygard.cluster.submit import follow, jobs_client, outcome
+from raygard.errors import ExitCode, RaygardError
+
+
+def write(folder: Path, **sizes: int) -> None:
+    for name, size in sizes.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+
+
+def test_the_size_is_that_of_rays_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the package that Ray makes of the same folder."""
+    from zipfile import ZipFile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    monkeypatch.delenv(packing.NO_GITIGNORE, raising=False)
+    folder = tmp_path / "work"
+    write(folder, a=10, runs__b=100, deep__runs__c=1000, deep__keep=7, deep__skip=70, data__weights=5000, more=3)
+    (folder / ".rayignore").write_text("runs/\n/data\n*.log\n")
+    (folder / ".gitignore").write_text("more\n")
+    (folder / "deep" / ".rayignore").write_text("skip\n")
+    found = measure_package(folder)
+    create_package(str(folder), tmp_path / "packed.zip", include_gitignore=True)
+    files = [entry for entry in ZipFile(tmp_path / "packed.zip").infolist() if not entry.is_dir()]
+    assert {entry.filename for entry in files} >= {"a", "deep/keep"}
+    assert (found.num_files, found.size_bytes) == (len(files), sum(entry.file_size for entry in files))
+    monkeypatch.setenv(packing.NO_GITIGNORE, "1")
+    assert measure_package(folder).size_bytes == found.size_bytes + 3
+
+
+def test_too_large_a_folder_is_refused_naming_what_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, small=10, weights__large=3 * packing.MIB)
+    assert require_uploadable(tmp_path).num_files == 2
+    monkeypatch.setattr(packing, "LIMIT_BYTES", 2 * packing.MIB)
+    with pytest.raises(RaygardError, match=r"3 MiB, Ray uploads at most 2 \(largest: weights 3.0 MiB.*\.rayignore"):
+        require_uploadable(tmp_path)
+    (tmp_path / ".rayignore").write_text("weights\n")
+    assert require_uploadable(tmp_path).entries["small"] == 10
+    with pytest.raises(RaygardError, match="no working directory"):
+        measure_package(tmp_path / "none")
+
+
+def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    with pytest.raises(RaygardError, match="links back"):
+        measure_package(tmp_path)
+
+
+def test_this_checkout_can_be_uploaded() -> None:
+    assert require_uploadable(Path(__file__).resolve().parents[2]).size_bytes < 100 * packing.MIB
+
+
+def ended(status: JobStatus, code: int | None = None, message: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(status=status, driver_exit_code=code, message=message)
+
+
+@pytest.mark.parametrize(
+    ("details", "code", "reason"),
+    [
+        (ended(JobStatus.SUCCEEDED, 0), 0, None),
+        (ended(JobStatus.FAILED, 4), 4, None),
+        (ended(JobStatus.FAILED, -9), 137, None),
+        (ended(JobStatus.STOPPED), ExitCode.INTERRUPTED, "it was stopped"),
+        (ended(JobStatus.FAILED, None, "no room\nmore"), ExitCode.DEFECT, "no room"),
+    ],
+)
+def test_the_exit_code_is_the_jobs(details: Any, code: int, reason: str | None) -> None:
+    assert outcome(details) == (code, reason)
+
+
+class FakeJob:
+    """A job whose connection breaks where the script says so."""
+
+    def __init__(self, log: str, connections: list[tuple[int, type[BaseException] | None]]) -> None:
+        self.log, self.connections = log, connections
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        end, error = self.connections.pop(0)
+        for start in range(0, end, 7):
+            await asyncio.sleep(0)
+            yield self.log[start : min(start + 7, end)]
+        if error is not None:
+            raise error("gone")
+
+    def get_job_info(self, _: str) -> Any:
+        return ended(JobStatus.RUNNING) if self.connections else ended(JobStatus.FAILED, 3)
+
+    def get_job_logs(self, _: str) -> str:
+        return self.log
+
+
+LOG = "start\nINFO MLflow run http://m/#/experiments/1/runs/2\nechoes INFO MLflow run nothing\nlast line\n"
+
+
+def test_a_broken_connection_neither_loses_nor_repeats_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "RETRY_S", 0.0)
+    shown: list[str] = []
+    job = FakeJob(LOG, [(10, RuntimeError), (0, OSError), (33, None), (len(LOG) - 5, None)])
+    found = follow(job, "id", shown.append)
+    assert "".join(shown) == LOG and found.exit_code == 3 and not found.detached
+    assert found.mlflow_runs == ["http://m/#/experiments/1/runs/2"]
+
+
+def test_ctrl_c_ends_the_following_only() -> None:
+    found = follow(FakeJob(LOG, [(70, KeyboardInterrupt), (0, None)]), "id", lambda _: None)
+    assert found.detached and found.exit_code == ExitCode.INTERRUPTED and len(found.mlflow_runs) == 1
+
+
+def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "RETRY_S", 0.0)
+    monkeypatch.setattr(submitting, "OUTAGE_S", 0.0)
+    with pytest.raises(RaygardError, match="may go on: ray job logs --follow id"):
+        follow(FakeJob(LOG, [(3, OSError)] * 3), "id", lambda _: None)
+
+
+def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert cluster_address(None) is None
+    with pytest.raises(RaygardError, match="no cluster is named"), jobs_client(None):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "h:6379")
+    assert cluster_address(None) == "h:6379" and cluster_address("http://x:1") == "http://x:1"
+    assert is_dashboard("http://x:1") and not is_dashboard("h:6379")
+    for wrong in ("nonsense", "http://", "h:port"):
+        with pytest.raises(RaygardError, match="is no cluster's address"):
+            require_answer(wrong)
+    with (
+        pytest.raises(RaygardError, match=r"no Ray cluster answers at http://127.0.0.1:1 "),
+        jobs_client("http://127.0.0.1:1"),
+    ):
+        pass
