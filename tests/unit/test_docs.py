@@ -11,6 +11,7 @@ import typer
 
 from raygard.cli import app
 from raygard.config_file import load_config, reference_markdown
+from raygard.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "clusters" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +45,17 @@ def test_documents_name_commands() -> None:
 
 def test_configuration_reference_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference_markdown()
+
+
+def test_the_table_of_exit_codes_is_complete() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\w+) \|", (ROOT / "docs" / "cluster-jobs.md").read_text(), re.MULTILINE)
+    assert [(int(code), name) for code, name in rows] == [(code.value, code.name) for code in ExitCode]
+
+
+def test_every_job_is_documented() -> None:
+    text = (ROOT / "docs" / "cluster-jobs.md").read_text()
+    for job in (ROOT / "jobs").glob("*.py"):
+        assert f"`jobs/{job.name}`" in text, job.name
 
 
 def test_links_between_documents_exist() -> None:
