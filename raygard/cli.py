@@ -285,12 +285,12 @@ def evaluate(
 
     Masks that `raygard learn` left in OUT are taken if no `--mask` is given.
     """
-    from raygard.mask import FreezeMask
+    from raygard.flow import masks_to_evaluate
 
-    masks = [FreezeMask.load(path) for path in mask or ()]
-    seeds = [f"evaluation.mask_seeds={json.dumps(list(range(len(masks))))}"] if masks else []
+    seeds = [f"evaluation.mask_seeds={list(range(len(mask)))}"] if mask else []
     run_config = _config(config, [*(overrides or []), *seeds], model, data)
-    with _flow(run_config, out, quiet) as flow, flow.parent:
+    masks = masks_to_evaluate(run_config, mask or (), out)
+    with _flow(run_config, out, quiet) as flow:
         outcome = flow.evaluate_masks(masks)
     _print_outcome(flow, outcome)
 

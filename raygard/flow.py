@@ -315,27 +315,11 @@ class Flow:
         return path
 
     def evaluate_masks(self, masks: Sequence[FreezeMask]) -> dict[str, Any]:
-        """`evaluate` and `report` for masks from elsewhere, one for each of `evaluation.mask_seeds`.
-
-        masks: none takes those that this run directory has learned. Raises RaygardError if it has not learned them, or
-        if a mask was made for another model.
-        """
-        shapes = {name: tuple(p.shape) for name, p in load_unet(self.config.model).named_parameters()}
-        for mask in masks:
-            mask.check_model(shapes)
-        if not masks:
-            seeds = self.config.evaluation.mask_seeds
-            missing = [seed for seed in seeds if not (self.dir / f"learn/seed-{seed}" / "mask").is_dir()]
-            if missing:
-                raise RaygardError(
-                    f"{self.dir.path} has no mask of seed {missing[0]}; give --mask, or learn it there first "
-                    "(raygard learn with the same configuration)"
-                )
-            masks = self.learn_all()
-        else:
+        """`evaluate` and `report` for masks that exist, one for each of `evaluation.mask_seeds`; the outcome."""
+        with self.parent:
             self.release(masks)
-        outcome = self.evaluate(masks)
-        self.report()
+            outcome = self.evaluate(masks)
+            self.report()
         return outcome
 
     def run(self) -> dict[str, Any]:
@@ -461,6 +445,26 @@ class Flow:
             if values:
                 self.parent.metrics(values, step=0)
         self.parent.artifact(self.dir / "outcome.json")
+
+
+def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> list[FreezeMask]:
+    """The masks at `paths`; without any those that the run directory `out` has learned, one for each mask seed.
+
+    Raises RaygardError if one cannot be read, was made for another model, or was not learned yet.
+    """
+    seeds = config.evaluation.mask_seeds
+    learned = [out / "learn" / f"seed-{seed}" / "mask" for seed in seeds]
+    missing = [seed for seed, path in zip(seeds, learned, strict=True) if not path.is_dir()]
+    if not paths and missing:
+        raise RaygardError(
+            f"{out} has no mask of seed {missing[0]}; give --mask, or learn it there first (raygard learn with the "
+            "same configuration)"
+        )
+    masks = [FreezeMask.load(path) for path in paths or learned]
+    shapes = {name: tuple(parameter.shape) for name, parameter in load_unet(config.model).named_parameters()}
+    for mask in masks:
+        mask.check_model(shapes)
+    return masks
 
 
 def refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:

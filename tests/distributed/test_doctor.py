@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.test_local_cluster import CLUSTERS, nodes
+from tests.distributed.test_local_cluster import CLUSTERS, Local, nodes
 
 pytestmark = pytest.mark.distributed
 
@@ -58,7 +58,7 @@ class Two:
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *command], cwd=self.folder, env={**self.env, **env}, capture_output=True, text=True,
-            timeout=180, check=False,
+            timeout=300, check=False,
         )  # fmt: skip
 
 
@@ -89,21 +89,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
             "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={state['temp_dir']}/other",
         ]  # fmt: skip
         with (root / "other.log").open("w") as log:
-            subprocess.Popen(command, cwd=other, env={**env, **mark}, stdout=log, stderr=log, start_new_session=True)
+            other_node = subprocess.Popen(
+                command, cwd=other, env={**env, **mark}, stdout=log, stderr=log, start_new_session=True
+            )
         token = (root / "cluster" / "token").read_text()
-        deadline = time.monotonic() + 120
-        while len([n for n in nodes(_as_local(root / "cluster", state), token) if n["state"] == "ALIVE"]) < 3:
-            assert time.monotonic() < deadline, (root / "other.log").read_text()[-2000:]
+        deadline = time.monotonic() + 180
+        while len([n for n in nodes(Local(root / "cluster", state, {}), token) if n["state"] == "ALIVE"]) < 3:
+            assert time.monotonic() < deadline and other_node.poll() is None, (root / "other.log").read_text()[-2000:]
             time.sleep(0.5)
         yield Two(one, state, env, faked)
     finally:
         subprocess.run([*script, "stop", *where], capture_output=True, timeout=120, check=False)
-
-
-def _as_local(folder: Path, state: dict):
-    from tests.distributed.test_local_cluster import Local
-
-    return Local(folder, state, {})
 
 
 def test_submit_hands_on_log_exit_code_and_mlflow_run_and_wants_the_token(two: Two, tmp_path: Path) -> None:
@@ -111,7 +107,7 @@ def test_submit_hands_on_log_exit_code_and_mlflow_run_and_wants_the_token(two: T
     work.mkdir()
     run = "http://mlflow:5000/#/experiments/1/runs/abc"
     (work / "job.py").write_text(
-        f"import os, pathlib, sys\nprint('INFO MLflow run {run}')\nprint(sorted(os.listdir('.')), sys.argv[1:])\n"
+        f"import os, sys\nprint('INFO MLflow run {run}')\nprint(sorted(os.listdir('.')), sys.argv[1:], flush=True)\n"
         "print('the reason', file=sys.stderr)\nsys.exit(5)\n"
     )
     (work / "weights.bin").write_bytes(b"x" * 1000)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,16 @@ from torch import nn
 import raygard as package
 from raygard import cli
 from raygard.config_file import load_config
+from raygard.errors import ExitCode
 from raygard.mask import FreezeMask
 from raygard.rundir import RunDirectory
 
 Maker = Callable[..., Path]
 Runner = Callable[..., tuple[int, str, str]]
-COMMANDS = ("demo", "run", "learn", "adapt", "generate", "score", "audit", "report", "track", "version")
+COMMANDS = (
+    *("demo", "run", "learn", "evaluate", "adapt", "generate", "score", "audit", "report", "track", "version"),
+    *("submit", "doctor"),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -104,6 +111,12 @@ def test_the_resolved_configuration_can_be_printed_and_read_back(raygard: Runner
         (["generate", "--out", "x"], "Missing argument 'prompts'"),
         (["score", "--generated", "/no/a", "--reference", "/no/b"], "no folder at /no/a"),
         (["audit", "--base", "/no/a", "--model", "/no/b", "--mask", "/no/c"], "/no/c is not a mask"),
+        (["evaluate", "--out", "x", "--mask", "/no/mask"], "/no/mask is not a mask"),
+        (["evaluate", "--out", "x"], "x has no mask of seed 0; give --mask"),
+        (["submit", "--", "python", "jobs/run.py"], "no cluster is named"),
+        (["submit", "--address", "http://127.0.0.1:1", "--", "x"], "no Ray cluster answers at http://127.0.0.1:1"),
+        (["submit"], "Missing argument"),
+        (["doctor", "--workers", "0"], "engine.num_workers"),
         (["report", "/no/run"], "/no/run"),
         (["track", "--sync", "/no/run"], "/no/run"),
     ],
@@ -112,6 +125,8 @@ def test_bad_arguments(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
     assert message.lower() in refused(*arguments).lower()
     assert not list(tmp_path.iterdir())
 
@@ -285,14 +300,60 @@ def test_demo_settings_are_the_shipped_file() -> None:
     assert yaml.safe_load(cli.demo_config().read_text())["engine"]["num_workers"] == 2
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_keeps_its_traceback_and_its_last_line_says_why(raygard: Runner, monkeypatch) -> None:
     def broken(*arguments: object, **options: object) -> None:
-        raise ZeroDivisionError
+        print("what was done before")
+        raise ZeroDivisionError("a worker said:\nnothing to divide by")
 
     monkeypatch.setattr(cli, "app", broken)
-    monkeypatch.setattr(sys, "argv", ["raygard"])
-    with pytest.raises(ZeroDivisionError):
-        cli.main()
+    code, out, err = raygard()
+    assert (code, out) == (ExitCode.DEFECT, "what was done before\n")
+    assert "Traceback" in err and "in broken" in err
+    assert err.splitlines()[-1] == "raygard: failed: ZeroDivisionError: nothing to divide by"
+
+
+def test_in_a_log_of_both_streams_the_reason_comes_last(tmp_path: Path) -> None:
+    script = "import sys; from raygard import cli; print('table'); cli._fail('because', cli.ExitCode.UNFIT_CLUSTER)"
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", script], stdout=log, stderr=log, check=False)
+    assert done.returncode == 4 and (tmp_path / "log").read_text() == "table\nraygard: because\n"
+
+
+def test_evaluate_measures_masks_that_exist(
+    raygard: Runner, refused: Callable[..., str], imagefolder: Maker, tiny_sd: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from raygard.diffusion.model import load_unet
+    from raygard.flow import Flow
+
+    config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_sd}"])
+    unet = load_unet(config.model)
+    names = [name for name, _ in unet.named_parameters()]
+    masks = [FreezeMask.create(unet, names[start::3]).save(tmp_path / f"mask-{start}") for start in (0, 1)]
+    other = FreezeMask.create(nn.Linear(2, 2), ["bias"]).save(tmp_path / "other")
+    settings = ["domain.illegal=[a]", "domain.legal=[b]", "domain.resolution=16", "tracking.enabled=false"]
+    data, out = imagefolder({"a": 48, "b": 48}), tmp_path / "out"
+    command = ["evaluate", "--model", tiny_sd, "--data", data, "--out", out, "--quiet", *settings]
+    assert "made for another model" in refused(*command, "--mask", other) and not out.exists()
+
+    seen: list[Any] = []
+    monkeypatch.setattr("raygard.cluster.session.ray_session", nullcontext)
+    monkeypatch.setattr("raygard.cluster.session.require_resources", lambda _: None)
+    monkeypatch.setattr("raygard.cluster.evaluation_pool.require_evaluation", lambda _: None)
+    monkeypatch.setattr(Flow, "evaluate", lambda self, given: seen.append((self.config, given)) or {})
+    monkeypatch.setattr(Flow, "report", lambda self: None)
+    monkeypatch.setattr(cli, "_print_outcome", lambda flow, outcome: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, _, err = raygard(*command, "--mask", masks[0], "--mask", masks[1])
+    assert code == 0, err
+    ((used, given),) = seen
+    assert used.evaluation.mask_seeds == (0, 1)
+    assert [mask.sha256 for mask in given] == [FreezeMask.load(path).sha256 for path in masks]
+    assert FreezeMask.load(out / "mask").sha256 == given[0].sha256
+
+    for seed in (0, 1):
+        shutil.copytree(masks[seed], out / "learn" / f"seed-{seed}" / "mask")
+    code, _, err = raygard(*command, "evaluation.mask_seeds=[0,1]")
+    assert code == 0 and [mask.sha256 for mask in seen[1][1]] == [mask.sha256 for mask in given], err
 
 
 def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
