@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,11 @@ LATENT_FACTOR = 8
 class DenoiserShape:
     """num_params: of the denoiser. saved_elements: numbers that autograd keeps for one picture's backward pass.
 
-    num_tensors: parameter tensors. largest: parameters of the largest tensor.
+    num_tensors: parameter tensors.
     """
 
     num_params: int
     num_tensors: int
-    largest: int
     saved_elements: int
 
 
@@ -67,30 +66,43 @@ def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointi
     """Run a UNet2DConditionModel on fake tensors and count what its training would keep; nothing is allocated.
 
     latent_side: height and width of the latents. Attention is counted as torch's fused kernels keep it.
+    Raises RaygardError if the configuration does not make a denoiser that runs on latents, a time step and a text.
     """
-    from diffusers import UNet2DConditionModel
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     saved: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
         return tensor
 
+    try:
+        parameters = _run_fake(config, latent_side, checkpointing, keep)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise RaygardError(f"cannot run this denoiser to count its activations: {reason}") from None
+    own = {id(parameter.untyped_storage()) for parameter in parameters}
+    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
+    sizes = [parameter.numel() for parameter in parameters]
+    return DenoiserShape(sum(sizes), len(sizes), kept // torch.float32.itemsize)
+
+
+def _run_fake(
+    config: Mapping[str, Any], latent_side: int, checkpointing: bool, keep: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """One forward pass for one picture, showing `keep` what autograd saves; the parameters."""
+    from diffusers import UNet2DConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
         unet = UNet2DConditionModel.from_config(dict(config))
         unet.train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        parameters = list(unet.parameters())
-        own = {id(parameter.untyped_storage()) for parameter in parameters}
         latents = torch.empty(1, unet.config.in_channels, latent_side, latent_side)
         text = torch.empty(1, TEXT_TOKENS, unet.config.cross_attention_dim)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             unet(latents, torch.tensor([0]), text)
-        kept = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
-    sizes = [parameter.numel() for parameter in parameters]
-    return DenoiserShape(sum(sizes), len(sizes), max(sizes), kept // torch.finfo(torch.float32).bits * 8)
+        return list(unet.parameters())
 
 
 def latent_side(config: Mapping[str, Any], model: ModelConfig, resolution: int | None) -> int:

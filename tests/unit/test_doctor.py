@@ -60,7 +60,6 @@ REMOTE = ("tracking.tracking_uri=http://m:5000",)
         ("memory", GPU, the_facts(a_node("a", gpus=[(GIB, 80 * GIB)])), "0 of 1 GPUs have that free, 1 are needed"),
         ("memory", GPU, the_facts(a_node("a", gpus=[])), "no node shows a GPU"),
         ("memory", (), the_facts(a_node("a", memory_bytes=GIB // 2)), "a may get 1 and has 0.5 GiB"),
-        ("memory", (), the_facts(memory="no unet/config.json"), "no unet/config.json"),
         ("mlflow", REMOTE, the_facts(mlflow_trouble="refused"), "does not answer (refused)"),
         ("model", (), the_facts(a_node("a"), a_node("b", model=Listing(error="no such folder"))), "b: no such folder"),
         ("model", (), the_facts(a_node("a", model=Listing(3, 9)), a_node("b", model=Listing(2, 9))), "differs"),
@@ -85,6 +84,11 @@ def test_a_cluster_without_fault_is_green_on_every_line(settings: tuple[str, ...
     assert all(check.line().startswith("green") for check in checks)
     (resources,) = (check for check in checks if check.name == "resources")
     assert "1 workers x 1 CPU = 1 of 4" in resources.text
+
+
+def test_what_cannot_be_estimated_keeps_no_job_from_starting() -> None:
+    checks = judge(load_config(None, GPU), the_facts(memory="no unet/config.json"))
+    assert all_green(checks) and "not estimated: no unet/config.json" in checks[5].text
 
 
 def test_workers_are_not_split_over_nodes() -> None:
@@ -183,6 +187,13 @@ def test_a_shape_has_the_published_number_of_parameters() -> None:
     assert (found.num_params, found.num_tensors) == (865_910_724, 686)
     with pytest.raises(RaygardError, match=r"no known shape 'SD2-shape'.*SD2.1-shape"):
         denoiser_config(ModelConfig(pretrained_model_name_or_path="SD2-shape"))
+
+
+def test_a_denoiser_that_cannot_be_run_is_an_error_in_one_line() -> None:
+    config = {**denoiser_config(ModelConfig()), "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    with pytest.raises(RaygardError, match="cannot run this denoiser") as caught:
+        measure_denoiser({**config, "projection_class_embeddings_input_dim": 64}, 8)
+    assert "\n" not in str(caught.value)
 
 
 def test_fake_activations_are_those_a_real_pass_keeps(tiny_sd: Path) -> None:
