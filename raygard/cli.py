@@ -63,7 +63,7 @@ def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compar
             require_resources(config.engine)
             if evaluates:
                 require_evaluation(config.evaluation)
-            require_fit(config, out)
+            require_fit(config, out, "learn", *(["evaluate"] if evaluates else []))
 
         yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
 
@@ -201,7 +201,7 @@ def search(
             require_evaluation(run_config.evaluation)
             concurrent_trials(run_config, ray.cluster_resources())
             require_state_api()
-            require_fit(run_config, out)
+            require_fit(run_config, out, "learn", "evaluate", "search")
 
         # All are checked before the first one starts: a mistake in the last would otherwise show up hours later.
         flows = [

@@ -14,7 +14,7 @@ import torch
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.doctor import node as on_node
-from raygard.cluster.doctor.checks import Check, Facts, NodeFacts, all_green, judge
+from raygard.cluster.doctor.checks import STAGES, Check, Facts, NodeFacts, all_green, judge
 from raygard.cluster.doctor.examine import examine, read_checks, report_json, require_fit
 from raygard.cluster.doctor.facts import existing_folder, worker_memory
 from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
@@ -84,6 +84,14 @@ def test_a_cluster_without_fault_is_green_on_every_line(settings: tuple[str, ...
     assert all(check.line().startswith("green") for check in checks)
     (resources,) = (check for check in checks if check.name == "resources")
     assert "1 workers x 1 CPU = 1 of 4" in resources.text
+
+
+def test_a_job_is_not_refused_for_a_stage_it_has_not() -> None:
+    config = load_config(None, ["evaluation.generators=2", "evaluation.generator_cpus=1", "engine.num_workers=4"])
+    facts = the_facts()
+    ok = {stages: all_green(judge(config, facts, stages)) for stages in (("learn",), ("learn", "evaluate"), STAGES)}
+    # 4 workers x 1 CPU or 2 generators x 1 + 1 adaptation fit into 4 CPUs; the workers beside the generators do not.
+    assert ok == {("learn",): True, ("learn", "evaluate"): True, STAGES: False}
 
 
 def test_what_cannot_be_estimated_keeps_no_job_from_starting() -> None:

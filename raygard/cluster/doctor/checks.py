@@ -20,6 +20,10 @@ NCCL_SHM_BYTES = 1024**3
 CUDA_BYTES = 1024**3
 
 
+# What a job may do; a search does all of it.
+STAGES = ("learn", "evaluate", "search")
+
+
 @dataclass(frozen=True)
 class Check:
     """One line: what was looked at, whether it will do, what was found and, if it will not, how to mend it."""
@@ -76,13 +80,16 @@ class Facts:
     mlflow_trouble: str | None
 
 
-def judge(config: RunConfig, facts: Facts) -> list[Check]:
-    """All checks on facts of a cluster that let us in, in the order they are printed."""
+def judge(config: RunConfig, facts: Facts, stages: Sequence[str] = STAGES) -> list[Check]:
+    """All checks on facts of a cluster that let us in, in the order they are printed.
+
+    stages: what there must be room for, of STAGES.
+    """
     nodes = [node for node in facts.nodes if node.failed is None]
     return [
         check_cluster(facts),
         check_versions(facts.versions, nodes),
-        check_resources(config, nodes),
+        check_resources(config, nodes, stages),
         check_storage(facts.storage, nodes),
         check_shm(config, nodes),
         check_memory(config, facts.memory, nodes),
@@ -125,13 +132,18 @@ def check_versions(mine: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Check
     return Check("versions", True, "equal everywhere: " + ", ".join(f"{name} {v}" for name, v in mine.items()))
 
 
-def check_resources(config: RunConfig, nodes: Sequence[NodeFacts]) -> Check:
-    """Room for one run's workers, for the evaluation, and for one trial of a search beside it."""
+def check_resources(config: RunConfig, nodes: Sequence[NodeFacts], stages: Sequence[str] = STAGES) -> Check:
+    """Room for one run's workers, for the evaluation, and for one trial of a search beside it, as `stages` ask."""
     have = [node.resources for node in nodes]
     total = {name: sum(node.get(name, 0.0) for node in have) for name in ("CPU", "GPU")}
     try:
-        said = [workers_fit(config.engine, have), evaluation_fits(config.evaluation, have)]
-        said.append(f"{_plural(concurrent_trials(config, total), 'trial')} at once")
+        said = []
+        if "learn" in stages:
+            said.append(workers_fit(config.engine, have))
+        if "evaluate" in stages:
+            said.append(evaluation_fits(config.evaluation, have))
+        if "search" in stages:
+            said.append(f"{_plural(concurrent_trials(config, total), 'trial')} at once")
     except RaygardError as error:
         text, _, mend = str(error).partition("; ")
         return Check("resources", False, text, mend)

@@ -62,15 +62,16 @@ def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> li
     return checks
 
 
-def require_fit(config: RunConfig, out: str | Path) -> None:
+def require_fit(config: RunConfig, out: str | Path, *stages: str) -> None:
     """Before a long job on a cluster that RAY_ADDRESS names: raise UnfitClusterError with every red line.
 
-    The process must be connected. Does nothing on a private cluster, which has only the machine it runs on.
+    stages: what the job does, of `checks.STAGES`. The process must be connected. Does nothing on a private cluster,
+    which has only the machine it runs on.
     """
     address = cluster_address(None)
     if address is None:
         return
-    checks = judge(config, collect(config, out, address))
+    checks = judge(config, collect(config, out, address), stages)
     if not all_green(checks):
         red = " | ".join(check.line().removeprefix("RED").strip() for check in checks if not check.ok)
         raise UnfitClusterError(f"this cluster cannot run the job (raygard doctor): {red}")
