@@ -11,6 +11,7 @@ from raygard.cluster.doctor.node import MIB, Listing
 from raygard.cluster.evaluation_pool import evaluation_fits
 from raygard.cluster.session import workers_fit
 from raygard.config import RunConfig
+from raygard.diffusion.shape import is_shape
 from raygard.errors import RaygardError
 from raygard.search.space import concurrent_trials
 
@@ -94,7 +95,7 @@ def judge(config: RunConfig, facts: Facts, stages: Sequence[str] = STAGES) -> li
         check_shm(config, nodes),
         check_memory(config, facts.memory, nodes),
         check_mlflow(config, facts.mlflow_trouble),
-        check_listing("model", config.model.pretrained_model_name_or_path, [(n.name, n.model) for n in nodes]),
+        check_model(config.model.pretrained_model_name_or_path, nodes),
         check_listing("data", config.domain.data, [(n.name, n.data) for n in nodes]),
     ]
 
@@ -222,6 +223,13 @@ def check_mlflow(config: RunConfig, trouble: str | None) -> Check:
         mend = "start it, correct tracking.tracking_uri, or set MLFLOW_TRACKING_USERNAME and _PASSWORD for the job"
         return Check("mlflow", False, f"the store does not answer ({trouble})", mend)
     return Check("mlflow", True, "the store answers")
+
+
+def check_model(name: str, nodes: Sequence[NodeFacts]) -> Check:
+    """Every node can read the model; a known shape has nothing to be read."""
+    if is_shape(name):
+        return Check("model", True, f"{name} is a size to estimate with; there is nothing to read")
+    return check_listing("model", name, [(node.name, node.model) for node in nodes])
 
 
 def check_listing(name: str, path: str, seen: Sequence[tuple[str, Listing]]) -> Check:
