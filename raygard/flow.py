@@ -453,7 +453,8 @@ def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> li
     Raises RaygardError if one cannot be read, was made for another model, or was not learned yet.
     """
     seeds = config.evaluation.mask_seeds
-    learned = [out / "learn" / f"seed-{seed}" / "mask" for seed in seeds]
+    last = "values" if config.values.enabled else "learn"
+    learned = [out / last / f"seed-{seed}" / "mask" for seed in seeds]
     missing = [seed for seed, path in zip(seeds, learned, strict=True) if not path.is_dir()]
     if not paths and missing:
         raise RaygardError(
