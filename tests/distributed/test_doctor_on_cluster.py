@@ -131,8 +131,10 @@ def test_ctrl_c_leaves_the_job_running(two: Two, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
     command = [sys.executable, "-m", "raygard.cli", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py"]
     process = subprocess.Popen(
-        command, cwd=two.folder, env=two.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=two.folder, env=two.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests that a shell has put into the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip() == "begun":
