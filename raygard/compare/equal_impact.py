@@ -7,7 +7,8 @@ upper edge of their convex hull: the straight line between two of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raygard.compare.plan import AT, FOLLOWED_BY
+from raygard.errors import RaygardError
 from raygard.outcome import LEARNED, NONE
 
 Points = Mapping[str, tuple[float, float]]
@@ -25,7 +27,10 @@ def reached(points: Points, legal_impact: float) -> tuple[float, tuple[str, ...]
 
     points: (legal impact, mitigation) by name. Beyond the largest legal impact it stays what it is there: who harms
     legal users less is not worse. None below the smallest legal impact, which no point reaches.
+    Raises RaygardError for a number that is not finite, which has no place on an edge.
     """
+    if not all(math.isfinite(value) for value in (legal_impact, *(v for point in points.values() for v in point))):
+        raise RaygardError("a mitigation or legal impact is not finite; compare only defences that have both")
     edge: list[str] = []
     for name in sorted(points, key=lambda name: (points[name][0], -points[name][1], name)):
         while edge and _beneath(points, edge, name):
@@ -53,36 +58,44 @@ def _beneath(points: Points, edge: list[str], name: str) -> bool:
     return (y - low) * (end - start) <= (top - low) * (x - start)
 
 
-def equal_impact(points: Points, samples: Mapping[tuple[str, str], NDArray[np.float64]]) -> dict[str, Any] | None:
+def equal_impact(
+    points: Points, samples: Mapping[tuple[str, str], NDArray[np.float64]], incomplete: Collection[str] = ()
+) -> dict[str, Any] | None:
     """How much more the learned mask mitigates than the baselines at its own legal impact; None without its numbers.
 
     points: (legal impact, mitigation) of every defence that has both; an edit followed by the learned mask is no
-    baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`.
-    Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci"}: what the baselines
-    reach there and between which of them, None where no baseline harms legal users as little; the interval is the
-    paired 95 % percentile interval over the bootstrap samples in which they reach it.
+    baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`. incomplete: defences with
+    cells that failed or are not measured yet.
+    Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci", "incomplete"}: what the
+    baselines reach there and between which of them, None where no baseline harms legal users as little; the interval
+    is the paired 95 % percentile interval over the bootstrap samples in which every defence has a number (those that
+    drew only missing seeds have none) and the baselines reach it; which of the defences in the answer are incomplete.
     """
     if LEARNED not in points:
         return None
     names = [name for name in points if LEARNED not in name.partition(AT)[0].split(FOLLOWED_BY)]
     at, own = points[LEARNED]
     found = reached({name: points[name] for name in names}, at)
-    entry: dict[str, Any] = {"legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
-                             "difference_ci": None}  # fmt: skip
+    entry: dict[str, Any] = {
+        "legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
+        "difference_ci": None, "incomplete": [LEARNED] if LEARNED in incomplete else [],
+    }  # fmt: skip
     if found is None:
         return entry
+    # The noise of the seeds of `none` against itself is no way to defend.
+    free = {NONE: (0.0, 0.0)} if NONE in names else {}
+    drawn = [name for name in names if name != NONE]
+    legal, mitigation = (np.stack([samples[n, role] for n in (LEARNED, *drawn)], 1) for role in ("legal", "illegal"))
     differences = []
-    legal, mitigation = ({n: samples[n, role] for n in (*names, LEARNED)} for role in ("legal", "illegal"))
-    for index in range(len(legal[LEARNED])):
-        drawn = {name: (float(legal[name][index]), float(mitigation[name][index])) for name in names}
-        # The noise of the seeds of `none` against itself is no way to defend.
-        drawn |= {NONE: (0.0, 0.0)} if NONE in names else {}
-        kept = {name: point for name, point in drawn.items() if np.isfinite(point).all()}
-        there = reached(kept, float(legal[LEARNED][index]))
-        if there is not None and np.isfinite(mitigation[LEARNED][index]):
-            differences.append(float(mitigation[LEARNED][index]) - there[0])
+    # Without one baseline the edge is another one, so that a sample counts whole or not at all.
+    for index in np.flatnonzero((np.isfinite(legal) & np.isfinite(mitigation)).all(1)):
+        (learned_at, *ats), (learned_own, *owns) = legal[index].tolist(), mitigation[index].tolist()
+        there = reached(free | dict(zip(drawn, zip(ats, owns, strict=True), strict=True)), learned_at)
+        if there is not None:
+            differences.append(learned_own - there[0])
     if differences:
         entry["difference_ci"] = [float(value) for value in np.percentile(differences, (2.5, 97.5))]
+    entry["incomplete"] = [name for name in (LEARNED, *found[1]) if name in incomplete]
     return {**entry, "reached": found[0], "between": list(found[1]), "difference": own - found[0]}
 
 
@@ -91,10 +104,11 @@ def answer(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "The learned mask cannot be compared at equal legal impact: mitigation or legal impact is not known."
     place = f"a legal impact of {entry['legal_impact']:.3f}"
+    open_ = f" Not all cells of {', '.join(entry['incomplete'])} are measured." if entry["incomplete"] else ""
     if entry["reached"] is None:
         return (
             f"The learned mask has a mitigation of {entry['mitigation']:.3f} at {place}; no baseline harms legal users "
-            "as little."
+            f"as little.{open_}"
         )
     low, high = entry["difference_ci"] or (None, None)
     verdict = "no difference beyond the interval"
@@ -106,4 +120,5 @@ def answer(entry: Mapping[str, Any] | None) -> str:
     return (
         f"At {place} the learned mask has a mitigation of {entry['mitigation']:.3f} and the baselines reach "
         f"{entry['reached']:.3f} ({' to '.join(entry['between'])}): {entry['difference']:+.3f}{interval}, {verdict}."
+        f"{open_}"
     )

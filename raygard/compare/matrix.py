@@ -217,7 +217,9 @@ class Matrix:
                 {"against": name, **_of_roles({role: compared[role].get(name, {}) for role in ROLES}, DIFFERENCES)}
                 for name in dict.fromkeys(name for role in ROLES for name in compared[role])
             ],
-            "equal_impact": equal_impact(points, samples),
+            "equal_impact": equal_impact(
+                points, samples, [entry["defence"] for entry in defences if entry[FAILED] or entry[UNFINISHED]]
+            ),
             "classes": gaps,
             "notes": _notes({scale.name: outcomes[scale][0]["notes"] for scale in outcomes})
             + _without([cls for cls in names if cls not in known[scales[names[cls]]]]),

@@ -150,6 +150,20 @@ def test_the_learned_mask_is_compared_at_equal_legal_impact() -> None:
     assert {entry["against"] for entry in summary["comparisons"]} == {"random", "uce"}
 
 
+def test_a_missing_cell_of_the_learned_mask_does_not_turn_the_verdict() -> None:
+    found = matrix(config())
+    whole = found.summaries()[0]["equal_impact"]
+    (cell,) = (
+        c for s, c in found.results if c.adaptation == "full" and (c.defence, c.cls, c.seed) == ("freeze", "l1", 0)
+    )
+    del found.results[STYLE.name, cell]
+    summary = found.summaries()[0]
+    equal = summary["equal_impact"]
+    assert equal["difference_ci"] == pytest.approx(whole["difference_ci"], abs=0.05) and equal["difference_ci"][0] > 0
+    assert equal["incomplete"] == ["freeze"] and whole["incomplete"] == []
+    assert "the learned mask is better. Not all cells of freeze are measured." in to_markdown([summary])
+
+
 def test_a_scorer_for_each_role_takes_its_columns_from_its_own_table() -> None:
     settings = config("compare.legal_scorer=closeness")
     found = matrix(settings)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from raygard.compare.equal_impact import answer, equal_impact, reached
+from raygard.errors import RaygardError
 
 BASELINES = {"none": (0.0, 0.0), "small": (0.2, 0.3), "large": (0.6, 0.5), "poor": (0.4, 0.1)}
 
@@ -66,3 +67,32 @@ def test_what_cannot_be_compared_is_said() -> None:
     found = equal_impact(points, samples(points))
     assert found is not None and found["reached"] is None and found["difference_ci"] is None
     assert "no baseline harms legal users as little" in answer(found)
+
+
+@pytest.mark.parametrize("missing", ["freeze", "large"])
+@pytest.mark.parametrize("role", ["legal", "illegal"])
+def test_samples_without_a_number_for_one_defence_do_not_count(missing: str, role: str) -> None:
+    points = {**BASELINES, "freeze": (0.4, 0.6)}
+    drawn = samples(points, 0.01)
+    whole = equal_impact(points, drawn)
+    lost = np.arange(200) % 3 == 0
+    rest = equal_impact(points, {key: values[~lost] for key, values in drawn.items()})
+    drawn[missing, role] = np.where(lost, np.nan, drawn[missing, role])
+    found = equal_impact(points, drawn, incomplete=[missing, "poor"])
+    assert whole is not None and rest is not None and found is not None
+    assert found["difference_ci"] == rest["difference_ci"] and found["difference"] == whole["difference"]
+    assert f"Not all cells of {missing} are measured." in answer(found)
+    assert "Not all cells" not in answer(whole)
+
+
+def test_without_any_whole_sample_there_is_no_interval() -> None:
+    points = {**BASELINES, "freeze": (0.4, 0.6)}
+    found = equal_impact(points, {**samples(points), ("freeze", "legal"): np.full(200, np.nan)})
+    assert found is not None and found["difference_ci"] is None and "no difference beyond" in answer(found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_edge_is_of_finite_numbers(value: float) -> None:
+    for points, at in ((BASELINES, value), ({**BASELINES, "odd": (value, 0.1)}, 0.1), ({"odd": (0.1, value)}, 0.2)):
+        with pytest.raises(RaygardError, match="not finite"):
+            reached(points, at)
