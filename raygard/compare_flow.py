@@ -112,6 +112,10 @@ class CompareFlow:
     def run(self) -> dict[str, Any]:
         """The whole comparison; returns what summary.json holds."""
         with self.flow.parent:
+            # Learning may take long or be cut off; what an earlier go has measured stays readable meanwhile.
+            if not (self.dir / MATRIX).exists():
+                self.matrix.cells = self._cells({})
+                self._write()
             releases = self._releases()
             self.matrix.cells = self._cells(releases)
             self._write()
@@ -132,17 +136,21 @@ class CompareFlow:
     def _releases(self) -> dict[str, list[Release]]:
         """Every defence that could be made, and why the others could not (`Matrix.lost`)."""
         folder = self.dir / "masks"
-        ratios = dict.fromkeys(defence.ratio for defence in self.defences if defence.mask)
-        learned = {ratio: self._learned(ratio) for ratio in ratios}
+        learned: dict[float | None, dict[int | None, FreezeMask]] = {}
         paths: dict[tuple[str | None, float | None], dict[int, str]] = {}
         edits: dict[str, Path] = {}
         lost: dict[str, str] = {}
-        for mask, ratio in dict.fromkeys(defence.key for defence in self.defences if defence.mask):
+        for ratio in dict.fromkeys(defence.ratio for defence in self.defences if defence.mask):
+            try:
+                learned[ratio] = self._learned(ratio)
+            except RaygardError as error:
+                lost |= {each.name: str(error) for each in self.defences if each.mask and each.ratio == ratio}
+        for mask, ratio in dict.fromkeys(d.key for d in self.defences if d.mask and d.name not in lost):
             try:
                 paths[mask, ratio] = self._masks(str(mask), learned[ratio], at_ratio(folder, ratio))
             except RaygardError as error:
                 lost |= {defence.name: str(error) for defence in self.defences if defence.key == (mask, ratio)}
-        for edit in dict.fromkeys(defence.edit for defence in self.defences if defence.edit):
+        for edit in dict.fromkeys(d.edit for d in self.defences if d.edit and d.name not in lost):
             try:
                 edits[edit] = self._edit(edit)
             except RaygardError as error:

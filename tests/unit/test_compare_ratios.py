@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +25,55 @@ def test_a_mask_of_fixed_size_has_no_ratio() -> None:
         parse_defences(["manual-attention@0.5"], [], ["none", "manual-attention"])
 
 
-def test_masks_of_other_ratios_share_relearning_and_controls_follow_them(
-    tiny_sd: Path, imagefolder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def relearned(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where relearning was asked for; masks of random logits are learned from it at once, p = 0.9 never."""
     from raygard.cluster import training
-    from raygard.compare_flow import CompareFlow
 
-    relearned: list[Path] = []
+    asked: list[Path] = []
 
     def fake_relearn(config: RunConfig, cache: Path, out: Path, **_: Any) -> Path:
-        relearned.append(out)
+        asked.append(out)
         return out
 
     def fake_learn(config: RunConfig, cache: Path, relearned: Path, mask_seed: int, out: Path, **_: Any) -> Any:
+        if config.mask.freeze_ratio == 0.9:
+            raise RaygardError("the upper loss is no longer finite")
         logits = torch.randn(NUM_TENSORS, dtype=torch.float64, generator=torch.Generator().manual_seed(mask_seed))
         return logits, logits.sigmoid()
 
     monkeypatch.setattr(training, "relearn", fake_relearn)
     monkeypatch.setattr(training, "learn", fake_learn)
+    return asked
+
+
+Settings = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def settings(tiny_sd: Path, imagefolder: Any) -> Settings:
     data = imagefolder({"a": 48, "c": 48})
-    settings = load_config(
-        None,
-        [
-            f"domain.data={data}", f"model.pretrained_model_name_or_path={tiny_sd}", "domain.illegal=[a]",
-            "domain.legal=[c]", "mask.freeze_ratio=0.1", "evaluation.mask_seeds=[0, 1]", "evaluation.random_draws=1",
-            "compare.defences=[none, freeze, freeze@0.25, random@0.25, freeze@0.5]", "tracking.enabled=false",
-        ],
-    )  # fmt: skip
-    flow = CompareFlow(settings, tmp_path / "out")
+
+    def make(*overrides: str) -> RunConfig:
+        return load_config(
+            None,
+            [
+                f"domain.data={data}", f"model.pretrained_model_name_or_path={tiny_sd}", "domain.illegal=[a]",
+                "domain.legal=[c]", "mask.freeze_ratio=0.1", "evaluation.mask_seeds=[0, 1]",
+                "evaluation.random_draws=1", "tracking.enabled=false", *overrides,
+            ],
+        )  # fmt: skip
+
+    return make
+
+
+def test_masks_of_other_ratios_share_relearning_and_controls_follow_them(
+    settings: Settings, relearned: list[Path], tmp_path: Path
+) -> None:
+    from raygard.compare_flow import CompareFlow
+
+    names = "compare.defences=[none, freeze, freeze@0.25, random@0.25, freeze@0.5]"
+    flow = CompareFlow(settings(names), tmp_path / "out")
     with flow.flow.parent:
         releases = flow._releases()
     shares = {
@@ -66,13 +89,47 @@ def test_masks_of_other_ratios_share_relearning_and_controls_follow_them(
     assert [each.mask_seed for each in releases["freeze@0.5"]] == [0, 1]
 
 
-def test_a_given_mask_has_its_own_ratio(tiny_sd: Path, imagefolder: Any, tmp_path: Path) -> None:
+def test_a_ratio_that_cannot_be_learned_takes_its_own_defences_only(
+    settings: Settings, relearned: list[Path], tmp_path: Path
+) -> None:
     from raygard.compare_flow import CompareFlow
 
-    data = imagefolder({"a": 48, "c": 48})
-    paths = [f"domain.data={data}", f"model.pretrained_model_name_or_path={tiny_sd}", f"compare.mask={tmp_path / 'm'}"]
-    settings = load_config(
-        None, [*paths, "domain.illegal=[a]", "domain.legal=[c]", "compare.defences=[none, freeze@0.5]"]
+    names = "compare.defences=[none, freeze, freeze@0.9, random@0.9, uce+freeze@0.9, manual-attention]"
+    flow = CompareFlow(settings(names), tmp_path / "out")
+    with flow.flow.parent:
+        releases = flow._releases()
+    assert list(releases) == ["none", "freeze", "manual-attention"]
+    assert flow.matrix.lost == dict.fromkeys(
+        ["freeze@0.9", "random@0.9", "uce+freeze@0.9"], "the upper loss is no longer finite"
     )
+
+
+def test_what_is_to_be_measured_is_written_before_anything_is_learned(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raygard.compare_flow import MATRIX, CompareFlow
+
+    flow = CompareFlow(settings("compare.defences=[none, freeze, random]"), tmp_path / "out")
+
+    def cut_off() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow, "_releases", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        flow.run()
+    rows = list(csv.DictReader((flow.dir / MATRIX).open()))
+    assert {row["defence"] for row in rows} == {"none", "freeze", "random"}
+    assert {row["status"] for row in rows} == {"unfinished"}
+    kept = (flow.dir / MATRIX).read_bytes() + b"measured before"
+    (flow.dir / MATRIX).write_bytes(kept)
+    with pytest.raises(KeyboardInterrupt):
+        flow.run()
+    assert (flow.dir / MATRIX).read_bytes() == kept
+
+
+def test_a_given_mask_has_its_own_ratio(settings: Settings, tmp_path: Path) -> None:
+    from raygard.compare_flow import CompareFlow
+
+    given = settings(f"compare.mask={tmp_path / 'm'}", "compare.defences=[none, freeze@0.5]")
     with pytest.raises(RaygardError, match=r"'freeze@0.5': the freeze ratio of compare.mask is what it was learned"):
-        CompareFlow(settings, tmp_path / "out")
+        CompareFlow(given, tmp_path / "out")
