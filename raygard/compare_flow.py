@@ -226,6 +226,11 @@ class CompareFlow:
             release = Release(draw, seed, path)
             if edit is not None:
                 mask = FreezeMask.load(path)
+                if mask.values:
+                    raise RaygardError(
+                        f"the mask '{defence.mask}' carries values of its own, which an edit of the original release "
+                        "does not know; leave out this defence, or take a mask without values"
+                    )
                 guarded = freeze_after(
                     load_unet(self.config.model),
                     Edit.load(edit),

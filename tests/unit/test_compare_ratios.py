@@ -13,6 +13,8 @@ import torch
 from raygard.compare.plan import parse_defences
 from raygard.config import RunConfig
 from raygard.config_file import load_config
+from raygard.diffusion.model import load_unet
+from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 
@@ -102,6 +104,24 @@ def test_a_ratio_that_cannot_be_learned_takes_its_own_defences_only(
     assert flow.matrix.lost == dict.fromkeys(
         ["freeze@0.9", "random@0.9", "uce+freeze@0.9"], "the upper loss is no longer finite"
     )
+
+
+def test_an_edit_under_a_mask_with_values_of_its_own_is_lost_with_its_reason(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raygard.compare_flow import CompareFlow
+
+    unet = load_unet(settings().model)
+    first, one = next(unet.named_parameters())
+    mask = FreezeMask.create(unet, [first], values={first: 2 * one}).save(tmp_path / "mask")
+    edit = Edit.create(unet, {first: 3 * one}).save(tmp_path / "edit.safetensors")
+    names = "compare.defences=[none, freeze, uce, uce+freeze, uce+random]"
+    flow = CompareFlow(settings(f"compare.mask={mask}", names), tmp_path / "out")
+    monkeypatch.setattr(flow, "_edit", lambda name: edit)
+    with flow.flow.parent:
+        releases = flow._releases()
+    assert list(releases) == ["none", "freeze", "uce", "uce+random"] and list(flow.matrix.lost) == ["uce+freeze"]
+    assert "'freeze' carries values of its own" in flow.matrix.lost["uce+freeze"]
 
 
 def test_what_is_to_be_measured_is_written_before_anything_is_learned(
