@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raygard.baselines import DEFENCES
 from raygard.baselines.manual import CHOOSERS as FIXED
 from raygard.config import RunConfig
 from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import NAME, variant_config
 from raygard.config_file import describe_error
 from raygard.errors import RaygardError, nearest
-from raygard.outcome import NONE, ROLES
+from raygard.outcome import BASE, NONE, ROLES
 
 FOLLOWED_BY, AT = "+", "@"
 
@@ -151,7 +152,8 @@ def plan_cells(
 def edit_settings(known: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[str, dict[str, Any]]]:
     """Every edit that may be named: {name: (method, settings that differ from the method's)}.
 
-    known: the registered methods. Raises RaygardError for an edit of an unknown method, or with the name of a method.
+    known: the registered methods. Raises RaygardError for an edit of an unknown method, or with the name of another
+    method, of a defence or of the untouched release (`base`), whose results it would be taken for.
     """
     found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in known}
     for entry in config.compare.edits:
@@ -159,7 +161,7 @@ def edit_settings(known: Mapping[str, Any], config: RunConfig) -> dict[str, tupl
         if method not in known:
             raise RaygardError(f"edit '{name}': unknown weight-editing defence '{method}'{nearest(method, known)}")
         settings = {key: value for key, value in entry.items() if key not in ("name", "method")}
-        if FOLLOWED_BY in name or (name in known and name != method):
+        if FOLLOWED_BY in name or name in (BASE, *DEFENCES) or (name in known and name != method):
             raise RaygardError(f"an edit cannot be called '{name}': that name is taken; choose another")
         found[name] = (method, settings)
     return found

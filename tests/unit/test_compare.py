@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raygard.baselines import DEFENCES
 from raygard.compare.matrix import COLUMNS, Matrix, Scale, to_csv
 from raygard.compare.plan import Defence, edit_settings, parse_defences, plan_cells, variants
 from raygard.compare.similarity import sgr, similarity
@@ -408,6 +409,9 @@ def test_edits_may_be_named_and_set() -> None:
         edit_settings({"uce": 0}, settings)
     with pytest.raises(RaygardError, match="that name is taken"):
         edit_settings({"uce": 0, "imma": 0}, config("compare.edits=[{name: uce, method: imma}]"))
+    for name in ("base", *DEFENCES):
+        with pytest.raises(RaygardError, match=f"cannot be called '{name}': that name is taken"):
+            edit_settings({"uce": 0, "imma": 0}, config(f"compare.edits=[{{name: {name}, method: imma}}]"))
     with pytest.raises(RaygardError, match="must be a number or a word"):
         config("compare.edits=[{name: x, method: imma, rounds: [1]}]")
     for name in ("../x", "a/b", ".x", "uce+imma"):
