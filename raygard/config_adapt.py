@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from raygard.config_section import UNQUOTED_NO, Section
 from raygard.published import PRIOR_PRESERVATION, PUBLISHED, READ_BY
+
+
+def published_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `adapt` takes for settings that are left out beside the given ones, where it differs from `full`."""
+    method = settings.get("method")
+    if not isinstance(method, str):
+        return {}
+    published = dict(PUBLISHED.get(method, {}))
+    if settings.get("instance_prompt") and method == "dreambooth":
+        del published["learn_as"]
+    if settings.get("class_prompt"):
+        published |= PRIOR_PRESERVATION.get(method, {})
+    return published
 
 
 class AdaptConfig(Section):
@@ -57,15 +71,7 @@ class AdaptConfig(Section):
     def _published_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        method = data.get("method")
-        if not isinstance(method, str):
-            return data
-        published = dict(PUBLISHED.get(method, {}))
-        if data.get("instance_prompt") and method == "dreambooth":
-            del published["learn_as"]
-        if data.get("class_prompt"):
-            published |= PRIOR_PRESERVATION.get(method, {})
-        return {**published, **data}
+        return {**published_values(data), **data}
 
     @model_validator(mode="after")
     def _no_inert_setting(self) -> AdaptConfig:

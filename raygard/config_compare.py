@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from raygard.config_adapt import AdaptConfig
+from raygard.config_adapt import AdaptConfig, published_values
 from raygard.config_section import Section, once
 from raygard.errors import nearest
 
@@ -96,10 +96,15 @@ def variant_config(entry: Mapping[str, Any], run: AdaptConfig | None = None) -> 
     """How the users of a variant adapt.
 
     entry: of `compare.adaptations`. run: the run's own `adapt`, which counts for variants of its method; every other
-    method starts from its published values. Raises pydantic's ValidationError.
+    method starts from its published values. What is in `run` as if left out counts as left out: it follows the
+    variant's own settings (with a class prompt dreambooth has other steps). Raises pydantic's ValidationError.
     """
     settings = {key: value for key, value in entry.items() if key not in (NAME, TIMES)}
-    own = run.model_dump(exclude_unset=True) if run is not None and run.method == entry[METHOD] else {}
+    own: dict[str, Any] = {}
+    if run is not None and run.method == entry[METHOD]:
+        given = run.model_dump(exclude_unset=True)
+        left_out = {key: setting.default for key, setting in AdaptConfig.model_fields.items()} | published_values(given)
+        own = {key: value for key, value in given.items() if value != left_out[key]}
     config = AdaptConfig.model_validate({**own, **settings})
     if TIMES not in entry:
         return config

@@ -377,6 +377,38 @@ def test_variants_take_published_values_or_the_runs_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variant", "run"),
+    [
+        ("{name: v, method: dreambooth, class_prompt: a dog}", ["adapt.method=dreambooth"]),
+        ("{name: v, method: dreambooth, class_prompt: null}", ["adapt.method=dreambooth", "adapt.class_prompt=a dog"]),
+        ("{name: v, method: dreambooth, instance_prompt: a photo of zwx dog}", ["adapt.method=dreambooth"]),
+        ("{name: v, method: custom-diffusion, class_prompt: a dog}", ["adapt.method=custom-diffusion"]),
+        ("{name: v, method: lora, rank: 8}", ["adapt.method=lora"]),
+    ],
+)
+def test_a_variants_published_values_are_the_same_whatever_the_runs_own_method(variant: str, run: list[str]) -> None:
+    own, other = (
+        load_config(None, [f"compare.adaptations=[{variant}]", *overrides])
+        for overrides in (run, ["adapt.method=full"])
+    )
+    assert variants(own)[0].config == variants(other)[0].config
+    # The same when the configuration is read from a file that holds every setting.
+    assert variants(RunConfig.model_validate(own.model_dump(mode="json"))) == variants(own)
+
+
+def test_what_the_run_itself_sets_counts_for_variants_of_its_method() -> None:
+    settings = load_config(
+        None,
+        [
+            "adapt.method=dreambooth", "adapt.max_train_steps=30",
+            "compare.adaptations=[{name: v, method: dreambooth, class_prompt: a dog}]",
+        ],
+    )  # fmt: skip
+    (found,) = variants(settings)
+    assert (found.config.max_train_steps, found.config.num_class_images) == (30, 200)
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         ("[lora, lora]", "names 'lora' twice"),
