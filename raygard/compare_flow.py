@@ -78,7 +78,9 @@ class CompareFlow:
         self.edits = edit_settings(EDITS, config)
         for method, settings in self.edits.values():
             choose_edit(method, **settings)
-        self.defences = parse_defences(config.compare.defences, self.edits, DEFENCES)
+        # A given mask was learned with a ratio of its own, whatever the configuration says.
+        own_ratio = config.mask.freeze_ratio if config.compare.mask is None else None
+        self.defences = parse_defences(config.compare.defences, self.edits, DEFENCES, own_ratio)
         self.variants = variants(config)
         for variant in self.variants:
             get_adaptation(variant.config.method)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raygard.compare.plan import AT, FOLLOWED_BY
+from raygard.compare.plan import holds_learned
 from raygard.errors import RaygardError
 from raygard.outcome import LEARNED, NONE
 
@@ -59,33 +59,36 @@ def _beneath(points: Points, edge: list[str], name: str) -> bool:
 
 
 def equal_impact(
-    points: Points, samples: Mapping[tuple[str, str], NDArray[np.float64]], incomplete: Collection[str] = ()
+    learned: str,
+    points: Points,
+    samples: Mapping[tuple[str, str], NDArray[np.float64]],
+    incomplete: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """How much more the learned mask mitigates than the baselines at its own legal impact; None without its numbers.
+    """How much more a learned mask mitigates than the baselines at its own legal impact; None without its numbers.
 
-    points: (legal impact, mitigation) of every defence that has both; an edit followed by the learned mask is no
-    baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`. incomplete: defences with
-    cells that failed or are not measured yet.
+    learned: name of the defence. points: (legal impact, mitigation) of every defence that has both; an edit followed
+    by the learned mask is no baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`.
+    incomplete: defences with cells that failed or are not measured yet.
     Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci", "incomplete"}: what the
     baselines reach there and between which of them, None where no baseline harms legal users as little; the interval
     is the paired 95 % percentile interval over the bootstrap samples in which every defence has a number (those that
     drew only missing seeds have none) and the baselines reach it; which of the defences in the answer are incomplete.
     """
-    if LEARNED not in points:
+    if learned not in points:
         return None
-    names = [name for name in points if LEARNED not in name.partition(AT)[0].split(FOLLOWED_BY)]
-    at, own = points[LEARNED]
+    names = [name for name in points if not holds_learned(name)]
+    at, own = points[learned]
     found = reached({name: points[name] for name in names}, at)
     entry: dict[str, Any] = {
         "legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
-        "difference_ci": None, "incomplete": [LEARNED] if LEARNED in incomplete else [],
+        "difference_ci": None, "incomplete": [learned] if learned in incomplete else [],
     }  # fmt: skip
     if found is None:
         return entry
     # The noise of the seeds of `none` against itself is no way to defend.
     free = {NONE: (0.0, 0.0)} if NONE in names else {}
     drawn = [name for name in names if name != NONE]
-    legal, mitigation = (np.stack([samples[n, role] for n in (LEARNED, *drawn)], 1) for role in ("legal", "illegal"))
+    legal, mitigation = (np.stack([samples[n, role] for n in (learned, *drawn)], 1) for role in ("legal", "illegal"))
     differences = []
     # Without one baseline the edge is another one, so that a sample counts whole or not at all.
     for index in np.flatnonzero((np.isfinite(legal) & np.isfinite(mitigation)).all(1)):
@@ -95,30 +98,34 @@ def equal_impact(
             differences.append(learned_own - there[0])
     if differences:
         entry["difference_ci"] = [float(value) for value in np.percentile(differences, (2.5, 97.5))]
-    entry["incomplete"] = [name for name in (LEARNED, *found[1]) if name in incomplete]
+    entry["incomplete"] = [name for name in (learned, *found[1]) if name in incomplete]
     return {**entry, "reached": found[0], "between": list(found[1]), "difference": own - found[0]}
 
 
-def answer(entry: Mapping[str, Any] | None) -> str:
-    """The plain answer for one table."""
+def answers(entries: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """The plain answers for one table: a sentence for each learned mask. entries: of `equal_impact` by defence."""
+    return [_answer("learned mask" if name == LEARNED else f"learned mask {name}", e) for name, e in entries.items()]
+
+
+def _answer(who: str, entry: Mapping[str, Any] | None) -> str:
     if entry is None:
-        return "The learned mask cannot be compared at equal legal impact: mitigation or legal impact is not known."
+        return f"The {who} cannot be compared at equal legal impact: mitigation or legal impact is not known."
     place = f"a legal impact of {entry['legal_impact']:.3f}"
     open_ = f" Not all cells of {', '.join(entry['incomplete'])} are measured." if entry["incomplete"] else ""
     if entry["reached"] is None:
         return (
-            f"The learned mask has a mitigation of {entry['mitigation']:.3f} at {place}; no baseline harms legal users "
+            f"The {who} has a mitigation of {entry['mitigation']:.3f} at {place}; no baseline harms legal users "
             f"as little.{open_}"
         )
     low, high = entry["difference_ci"] or (None, None)
-    verdict = "no difference beyond the interval"
+    verdict = "no difference beyond the interval" if low is not None else "no interval is known"
     if low is not None and low > 0:
-        verdict = "the learned mask is better"
+        verdict = f"the {who} is better"
     elif high is not None and high < 0:
         verdict = "the baselines are better"
     interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     return (
-        f"At {place} the learned mask has a mitigation of {entry['mitigation']:.3f} and the baselines reach "
+        f"At {place} the {who} has a mitigation of {entry['mitigation']:.3f} and the baselines reach "
         f"{entry['reached']:.3f} ({' to '.join(entry['between'])}): {entry['difference']:+.3f}{interval}, {verdict}."
         f"{open_}"
     )

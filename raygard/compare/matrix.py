@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raygard.compare.equal_impact import equal_impact
-from raygard.compare.plan import Cell, Variant, classes
+from raygard.compare.plan import Cell, Variant, classes, learned_alone
 from raygard.compare.similarity import sgr, similarity
 from raygard.config import RunConfig
 from raygard.errors import RaygardError
@@ -76,7 +76,8 @@ class Matrix:
     def summaries(self) -> list[dict[str, Any]]:
         """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit", "release",
         "defences", "comparisons", "equal_impact", "classes", "notes", "around", "reasons"}, and one entry of "defences"
-        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's.
+        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's,
+        "equal_impact" has an entry for each learned mask.
 
         With `compare.legal_scorer`, first the tables whose illegal columns are of the first scorer and whose legal ones
         are of that one; "scorer", "direction" and "unit" then name both."""
@@ -205,6 +206,7 @@ class Matrix:
             for entry in defences
             if entry["legal_impact"] is not None and entry["mitigation"] is not None
         }
+        incomplete = [entry["defence"] for entry in defences if entry[FAILED] or entry[UNFINISHED]]
         return {
             "scorer": _joined(scale.name for scale in scales.values()),
             "direction": _joined(scale.direction for scale in scales.values()),
@@ -217,9 +219,11 @@ class Matrix:
                 {"against": name, **_of_roles({role: compared[role].get(name, {}) for role in ROLES}, DIFFERENCES)}
                 for name in dict.fromkeys(name for role in ROLES for name in compared[role])
             ],
-            "equal_impact": equal_impact(
-                points, samples, [entry["defence"] for entry in defences if entry[FAILED] or entry[UNFINISHED]]
-            ),
+            "equal_impact": {
+                name: equal_impact(name, points, samples, incomplete)
+                for name in (entry["defence"] for entry in defences)
+                if learned_alone(name)
+            },
             "classes": gaps,
             "notes": _notes({scale.name: outcomes[scale][0]["notes"] for scale in outcomes})
             + _without([cls for cls in names if cls not in known[scales[names[cls]]]]),

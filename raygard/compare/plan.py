@@ -16,7 +16,7 @@ from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import NAME, variant_config
 from raygard.config_file import describe_error
 from raygard.errors import RaygardError, nearest
-from raygard.outcome import BASE, NONE, ROLES
+from raygard.outcome import BASE, LEARNED, NONE, ROLES
 
 FOLLOWED_BY, AT = "+", "@"
 
@@ -35,6 +35,16 @@ class Defence:
     def key(self) -> tuple[str | None, float | None]:
         """What tells its mask from others."""
         return self.mask, self.ratio
+
+
+def learned_alone(name: str) -> bool:
+    """Whether a defence is the learned mask, of any freeze ratio, without an edit before it."""
+    return name.partition(AT)[0] == LEARNED
+
+
+def holds_learned(name: str) -> bool:
+    """Whether the learned mask, of any freeze ratio, is all or a part of a defence."""
+    return LEARNED in name.partition(AT)[0].split(FOLLOWED_BY)
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,16 @@ class Cell:
     seed: int = 0
 
 
-def parse_defences(names: Sequence[str], edits: Collection[str], masks: Collection[str]) -> tuple[Defence, ...]:
+def parse_defences(
+    names: Sequence[str], edits: Collection[str], masks: Collection[str], own_ratio: float | None = None
+) -> tuple[Defence, ...]:
     """`none`, a mask, `mask@p` with a freeze ratio of its own, an edit, or `edit+mask`, by name and in order.
 
-    edits, masks: known names. Raises RaygardError for an unknown name, listing the known ones, or a wrong ratio.
+    edits, masks: known names. own_ratio: the run's own freeze ratio, so that `mask@p` of the same p is the same mask.
+    Raises RaygardError for an unknown name, listing the known ones, or a wrong ratio.
     """
-    return tuple(_parse(name, edits, masks) for name in names)
+    found = (_parse(name, edits, masks) for name in names)
+    return tuple(replace(each, ratio=None) if each.ratio == own_ratio else each for each in found)
 
 
 def _parse(name: str, edits: Collection[str], masks: Collection[str]) -> Defence:

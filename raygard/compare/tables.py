@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from raygard.compare.equal_impact import answer
+from raygard.compare.equal_impact import answers
 from raygard.compare.matrix import DONE, FAILED, UNFINISHED
-from raygard.outcome import LEARNED, bracket
+from raygard.outcome import bracket
 
 Summary = Mapping[str, Any]
 Lines = list[list[str]]
@@ -68,15 +68,10 @@ def lines(summary: Summary) -> Lines:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What must be read with a table: the learned mask against the best baseline, what went around the masks, why cells
-    have no number, what intervals hold."""
-    found = [answer(summary["equal_impact"])] if _learned(summary) else []
-    found += [f"Outside every mask: {what}." for what in summary["around"]]
+    """What must be read with a table: the learned masks against the best baseline, what went around the masks, why
+    cells have no number, what intervals hold."""
+    found = [*answers(summary["equal_impact"]), *(f"Outside every mask: {what}." for what in summary["around"])]
     return [*found, *summary["reasons"], *summary["notes"]]
-
-
-def _learned(summary: Summary) -> bool:
-    return any(entry["defence"] == LEARNED for entry in summary["defences"])
 
 
 def block(summary: Summary) -> Block:
@@ -104,9 +99,8 @@ def to_text(summaries: Sequence[Summary]) -> str:
     parts = []
     for summary in summaries:
         table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary) if line[0] != RELEASE]
-        said = [answer(summary["equal_impact"])] if _learned(summary) else []
         around = [f"outside every mask: {what}" for what in summary["around"]]
-        parts.append(Block(heading(summary), table, [*said, *around, *summary["reasons"]]))
+        parts.append(Block(heading(summary), table, [*answers(summary["equal_impact"]), *around, *summary["reasons"]]))
     return plain_text(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -144,22 +145,42 @@ def test_plain_distances_are_means_over_every_class_or_nothing() -> None:
 def test_the_learned_mask_is_compared_at_equal_legal_impact() -> None:
     summary = matrix(config()).summaries()[0]
     entries = {entry["defence"]: entry for entry in summary["defences"]}
-    equal = summary["equal_impact"]
+    equal = summary["equal_impact"]["freeze"]
     assert equal["mitigation"] == entries["freeze"]["mitigation"] and equal["between"] == ["random"]
     assert equal["difference"] == pytest.approx(entries["freeze"]["mitigation"] - entries["random"]["mitigation"])
     assert equal["difference_ci"][0] > 0 and "the learned mask is better" in to_markdown([summary])
     assert {entry["against"] for entry in summary["comparisons"]} == {"random", "uce"}
 
 
+def test_every_learned_mask_without_an_edit_is_compared() -> None:
+    def table(**names: str) -> dict[str, Any]:
+        found = matrix(config())
+        found.results = {
+            (scorer, replace(cell, defence=names.get(cell.defence, cell.defence))):
+            {**kept, "defence": names.get(cell.defence, cell.defence)}
+            for (scorer, cell), kept in found.results.items()
+        }  # fmt: skip
+        found.cells = [cell for _, cell in found.results]
+        return found.summaries()[0]
+
+    whole, other, edited = table(), table(freeze="freeze@0.5"), table(freeze="uce+freeze@0.5")
+    assert list(other["equal_impact"]) == ["freeze@0.5"] and edited["equal_impact"] == {}
+    equal, expected = other["equal_impact"]["freeze@0.5"], whole["equal_impact"]["freeze"]
+    assert equal["difference"] == expected["difference"] and equal["difference_ci"][0] > 0
+    for text in (to_markdown([other]), to_text([other])):
+        assert "the learned mask freeze@0.5 is better" in text
+    assert "learned mask" not in to_markdown([edited])
+
+
 def test_a_missing_cell_of_the_learned_mask_does_not_turn_the_verdict() -> None:
     found = matrix(config())
-    whole = found.summaries()[0]["equal_impact"]
+    whole = found.summaries()[0]["equal_impact"]["freeze"]
     (cell,) = (
         c for s, c in found.results if c.adaptation == "full" and (c.defence, c.cls, c.seed) == ("freeze", "l1", 0)
     )
     del found.results[STYLE.name, cell]
     summary = found.summaries()[0]
-    equal = summary["equal_impact"]
+    equal = summary["equal_impact"]["freeze"]
     assert equal["difference_ci"] == pytest.approx(whole["difference_ci"], abs=0.05) and equal["difference_ci"][0] > 0
     assert equal["incomplete"] == ["freeze"] and whole["incomplete"] == []
     assert "the learned mask is better. Not all cells of freeze are measured." in to_markdown([summary])
@@ -190,10 +211,10 @@ def test_a_scorer_for_each_role_takes_its_columns_from_its_own_table() -> None:
             assert mixed[name] == second[name]
         assert mixed["done"] == first["done"]
     assert both["defences"][1]["legal_impact"] != style["defences"][1]["legal_impact"]
-    assert both["defences"][1]["relative_legal"] > 0 and both["equal_impact"]["mitigation"] == pytest.approx(
+    assert both["defences"][1]["relative_legal"] > 0 and both["equal_impact"]["freeze"]["mitigation"] == pytest.approx(
         style["defences"][1]["mitigation"]
     )
-    assert both["equal_impact"]["legal_impact"] == close["defences"][1]["legal_impact"]
+    assert both["equal_impact"]["freeze"]["legal_impact"] == close["defences"][1]["legal_impact"]
     assert any(note.startswith("closeness: ") for note in both["notes"])
 
 
@@ -341,6 +362,8 @@ def test_defences_are_masks_edits_or_both() -> None:
         Defence("freeze@0.5", mask="freeze", ratio=0.5),
         Defence("uce+random@0.25", edit="uce", mask="random", ratio=0.25),
     )
+    own, same, other = parse_defences(["freeze", "freeze@0.3", "freeze@0.30001"], edits, masks, own_ratio=0.3)
+    assert own.key == same.key != other.key and same.name == "freeze@0.3"
     for wrong, message in (
         ("freeze@1", "between 0 and 1"),
         ("freeze@nan", "between 0 and 1"),

@@ -150,6 +150,7 @@ def test_what_is_to_be_measured_is_written_before_anything_is_learned(
 def test_a_given_mask_has_its_own_ratio(settings: Settings, tmp_path: Path) -> None:
     from raygard.compare_flow import CompareFlow
 
-    given = settings(f"compare.mask={tmp_path / 'm'}", "compare.defences=[none, freeze@0.5]")
+    own = ["mask.freeze_ratio=0.5", "compare.defences=[none, freeze@0.5]"]
+    given = settings(f"compare.mask={tmp_path / 'm'}", *own)
     with pytest.raises(RaygardError, match=r"'freeze@0.5': the freeze ratio of compare.mask is what it was learned"):
         CompareFlow(given, tmp_path / "out")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
-from raygard.compare.equal_impact import answer, equal_impact, reached
+from raygard.compare.equal_impact import answers, equal_impact, reached
 from raygard.errors import RaygardError
 
 BASELINES = {"none": (0.0, 0.0), "small": (0.2, 0.3), "large": (0.6, 0.5), "poor": (0.4, 0.1)}
@@ -35,6 +36,11 @@ def test_no_mixture_of_two_baselines_is_above_the_edge_and_one_is_on_it() -> Non
         assert found is not None and found[0] == pytest.approx(max(mixtures))
 
 
+def said(entry: dict[str, Any] | None, name: str = "freeze") -> str:
+    (sentence,) = answers({name: entry})
+    return sentence
+
+
 def samples(points: dict[str, tuple[float, float]], noise: float = 0.0) -> dict[tuple[str, str], np.ndarray]:
     rng = np.random.default_rng(1)
     return {
@@ -48,25 +54,32 @@ def samples(points: dict[str, tuple[float, float]], noise: float = 0.0) -> dict[
 def test_the_sign_says_who_is_better(mitigation: float, verdict: str) -> None:
     learned = {"uce+freeze": (0.0, 5.0), "freeze@0.5": (0.0, 5.0), "uce+freeze@0.5": (0.0, 5.0)}
     points = {**BASELINES, "freeze": (0.4, mitigation), **learned}
-    found = equal_impact(points, samples(points, 0.01))
+    found = equal_impact("freeze", points, samples(points, 0.01))
     assert found is not None
     assert found["difference"] == pytest.approx(mitigation - 0.4) and found["between"] == ["small", "large"]
     low, high = found["difference_ci"]
     assert low < found["difference"] < high and (low > 0) == (high > 0) == (mitigation > 0.4)
-    assert verdict in answer(found)
+    assert verdict in said(found)
+
+
+def test_a_learned_mask_of_another_ratio_is_compared_with_the_same_baselines() -> None:
+    points = {**BASELINES, "freeze": (0.4, 0.9), "freeze@0.5": (0.5, 0.2), "uce+freeze@0.5": (0.0, 5.0)}
+    found = equal_impact("freeze@0.5", points, samples(points))
+    assert found is not None and found["between"] == ["small", "large"] and found["difference"] == pytest.approx(-0.25)
+    assert "the learned mask freeze@0.5 has a mitigation of 0.200" in said(found, "freeze@0.5")
 
 
 def test_noise_larger_than_the_difference_is_no_difference() -> None:
     points = {**BASELINES, "freeze": (0.4, 0.42)}
-    assert "no difference beyond" in answer(equal_impact(points, samples(points, 0.2)))
+    assert "no difference beyond" in said(equal_impact("freeze", points, samples(points, 0.2)))
 
 
 def test_what_cannot_be_compared_is_said() -> None:
-    assert "cannot be compared" in answer(equal_impact(BASELINES, {}))
+    assert "cannot be compared" in said(equal_impact("freeze", BASELINES, {}))
     points = {"small": (0.2, 0.3), "freeze": (0.1, 0.2)}
-    found = equal_impact(points, samples(points))
+    found = equal_impact("freeze", points, samples(points))
     assert found is not None and found["reached"] is None and found["difference_ci"] is None
-    assert "no baseline harms legal users as little" in answer(found)
+    assert "no baseline harms legal users as little" in said(found)
 
 
 @pytest.mark.parametrize("missing", ["freeze", "large"])
@@ -74,21 +87,21 @@ def test_what_cannot_be_compared_is_said() -> None:
 def test_samples_without_a_number_for_one_defence_do_not_count(missing: str, role: str) -> None:
     points = {**BASELINES, "freeze": (0.4, 0.6)}
     drawn = samples(points, 0.01)
-    whole = equal_impact(points, drawn)
+    whole = equal_impact("freeze", points, drawn)
     lost = np.arange(200) % 3 == 0
-    rest = equal_impact(points, {key: values[~lost] for key, values in drawn.items()})
+    rest = equal_impact("freeze", points, {key: values[~lost] for key, values in drawn.items()})
     drawn[missing, role] = np.where(lost, np.nan, drawn[missing, role])
-    found = equal_impact(points, drawn, incomplete=[missing, "poor"])
+    found = equal_impact("freeze", points, drawn, incomplete=[missing, "poor"])
     assert whole is not None and rest is not None and found is not None
     assert found["difference_ci"] == rest["difference_ci"] and found["difference"] == whole["difference"]
-    assert f"Not all cells of {missing} are measured." in answer(found)
-    assert "Not all cells" not in answer(whole)
+    assert f"Not all cells of {missing} are measured." in said(found)
+    assert "Not all cells" not in said(whole)
 
 
 def test_without_any_whole_sample_there_is_no_interval() -> None:
     points = {**BASELINES, "freeze": (0.4, 0.6)}
-    found = equal_impact(points, {**samples(points), ("freeze", "legal"): np.full(200, np.nan)})
-    assert found is not None and found["difference_ci"] is None and "no difference beyond" in answer(found)
+    found = equal_impact("freeze", points, {**samples(points), ("freeze", "legal"): np.full(200, np.nan)})
+    assert found is not None and found["difference_ci"] is None and "no interval is known" in said(found)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
