@@ -128,7 +128,7 @@ def build_outcome(
             "summary": summary,
             "comparisons": _compare(summary, samples),
             "classes": classes,
-            "notes": _notes(table, classes, counted),
+            "notes": _notes(table, classes, counted, {str(r["defence"]) for r in results if r["freeze_ratio"] > 0}),
             "resolvable_legal_impact": None if interval is None else (interval[1] - interval[0]) / 2,
         }
     )
@@ -374,14 +374,16 @@ def _compare(summary: Sequence[Mapping[str, Any]], samples: Mapping[tuple[str, s
     return comparisons
 
 
-def _notes(table: Table, classes: Sequence[Mapping[str, Any]], counted: set[str]) -> list[str]:
+def _notes(table: Table, classes: Sequence[Mapping[str, Any]], counted: set[str], freezing: set[str]) -> list[str]:
     notes = ["Intervals are 95 % percentile intervals; pictures are resampled, paired across defences."]
     single = [d for d in table.defences if d != NONE and len(table.masks[d]) == 1]
     several = [f"{d} ({len(table.masks[d])})" for d in table.defences if len(table.masks[d]) > 1]
     if several:
         notes.append(f"Masks are resampled for {', '.join(several)}.")
-    if single:
-        notes.append(f"One mask each of {', '.join(single)}: their intervals are conditional on it.")
+    masks, edits = [d for d in single if d in freezing], [d for d in single if d not in freezing]
+    for what, names in (("mask", masks), ("edit", edits)):
+        if names:
+            notes.append(f"One {what} each of {', '.join(names)}: their intervals are conditional on it.")
     if len(table.seeds) > 1:
         notes.append(f"Adaptation seeds are resampled ({len(table.seeds)}).")
     else:

@@ -126,6 +126,12 @@ def test_each_adaptation_is_measured_against_itself() -> None:
     assert full["defences"][1]["legal_impact"] == pytest.approx(0.3 / 0.6, abs=0.03)
 
 
+def test_an_edit_is_not_called_a_mask() -> None:
+    notes = matrix(config()).summaries()[0]["notes"]
+    assert "One edit each of uce: their intervals are conditional on it." in notes
+    assert "One mask each of freeze: their intervals are conditional on it." in notes
+
+
 def test_plain_distances_are_means_over_every_class_or_nothing() -> None:
     found = matrix(config())
     summary = found.summaries()[0]
