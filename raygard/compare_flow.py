@@ -36,7 +36,7 @@ from raygard.mask import FreezeMask
 from raygard.outcome import BASE, LEARNED, NONE
 from raygard.progress import Progress
 from raygard.report.matrix import build_matrix_page
-from raygard.scoring import SCORERS, check_evaluation, get_scorer
+from raygard.scoring import check_evaluation, get_scorer, scorer_facts
 
 log = logging.getLogger("raygard")
 
@@ -411,7 +411,5 @@ def _inputs_for(inputs: Any, config: RunConfig) -> Any:
 
 
 def _scale(scorer: str) -> Scale:
-    found: Any = SCORERS[scorer]
-    # A class tells these without loading any weights; a plain function must be called first.
-    told = found if hasattr(found, "direction") and hasattr(found, "unit") else found()
+    told = scorer_facts(scorer)
     return Scale(scorer, str(told.direction), str(told.unit))

@@ -81,8 +81,23 @@ def build_outcome(
     *,
     direction: str | None = None,
 ) -> dict[str, Any]:
-    """The content of outcome.json (raygard/schemas/outcome.schema.json) from the evaluation's result files.
+    """The content of outcome.json alone; arguments and errors as for `outcome_and_samples`."""
+    return outcome_and_samples(results, config, base_loss, direction=direction)[0]
 
+
+def outcome_and_samples(
+    results: Sequence[Mapping[str, Any]],
+    config: RunConfig,
+    base_loss: Mapping[str, float],
+    *,
+    direction: str | None = None,
+) -> tuple[dict[str, Any], dict[tuple[str, str], Array]]:
+    """The content of outcome.json (raygard/schemas/outcome.schema.json) from the evaluation's result files, and the
+    bootstrap samples behind its intervals.
+
+    The samples are mitigation (role illegal) and legal impact (role legal): {(defence, role): (B,)}. Pictures and seeds
+    are resampled alike for all defences and scorers, so differences are paired. A role without a counted class is left
+    out.
     results: contents of `evaluation/jobs/*/result.json`; defence `base` is the release before any adaptation.
     base_loss: held-out loss of the released model for each defence; a defence not named has that of `base`,
     else null.
@@ -132,20 +147,7 @@ def build_outcome(
             "resolvable_legal_impact": None if interval is None else (interval[1] - interval[0]) / 2,
         }
     )
-    return outcome.model_dump(mode="json", by_alias=True)
-
-
-def resampled_outcome(
-    results: Sequence[Mapping[str, Any]], config: RunConfig, direction: str
-) -> dict[tuple[str, str], Array]:
-    """Mitigation (role illegal) and legal impact (role legal) in every bootstrap sample: {(defence, role): (B,)}.
-
-    The samples behind the intervals of `build_outcome`, whose arguments and errors these are: pictures and seeds are
-    resampled alike for all defences and scorers, so differences are paired. A role without a counted class is left out.
-    """
-    table, sign = _index(results, config.evaluation.defences), _sign(direction)
-    counted = {name for name in table.roles if _gap(name, table, sign)["counted"]}
-    return _bootstrap(table, counted, config)
+    return outcome.model_dump(mode="json", by_alias=True), samples
 
 
 def _sign(direction: str) -> float:
@@ -155,13 +157,9 @@ def _sign(direction: str) -> float:
 
 
 def _direction(scorer: str) -> str:
-    from raygard.scoring import SCORERS
+    from raygard.scoring import scorer_facts
 
-    if scorer not in SCORERS:
-        raise RaygardError(f"unknown scorer '{scorer}'; known: {', '.join(sorted(SCORERS))}")
-    factory: Any = SCORERS[scorer]
-    # A class tells its direction without loading any weights; a plain function must be called first.
-    return str((factory if hasattr(factory, "direction") else factory()).direction)
+    return str(scorer_facts(scorer).direction)
 
 
 def _mask_key(result: Mapping[str, Any]) -> tuple[int, int]:

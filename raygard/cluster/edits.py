@@ -10,6 +10,7 @@ import torch
 
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.evaluation import remote_task
+from raygard.cluster.evaluators import device_for
 from raygard.cluster.pool import reason
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
@@ -24,7 +25,7 @@ def edit_task(
     """Edit the release of a run and save the result to `out`. cache, general: as `EditMaterial.of` takes them."""
     config = RunConfig.model_validate(config_dict)
     torch.set_num_threads(config.engine.torch_threads)
-    unet = load_unet(config.model).to("cuda" if config.evaluation.gpus_per_job else "cpu")
+    unet = load_unet(config.model).to(device_for(config.evaluation.gpus_per_job))
     retain = load_cache(Path(general)) if general is not None else None
     material = EditMaterial.of(config, load_cache(Path(cache)), retain)
     edit_model(method, unet, material, **settings).save(out)

@@ -115,7 +115,7 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
     pristine = _unet(config.model.model_dump_json())
     base = pristine.state_dict()
     # Training leaves more than weights behind: gradients, hooks, a replaced `forward`.
-    unet = copy.deepcopy(pristine).to(_device(config.evaluation.gpus_per_job))
+    unet = copy.deepcopy(pristine).to(device_for(config.evaluation.gpus_per_job))
     values: Mapping[str, Tensor] = {}
     if adaptation.edit is not None:
         edit = Edit.load(adaptation.edit)
@@ -226,7 +226,7 @@ def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = N
         Edit.load(edit).apply(unet)
     if mask is not None:
         FreezeMask.load(mask).apply(unet)
-    unet = unet.to(_device(config.evaluation.gpus_per_job)).eval()
+    unet = unet.to(device_for(config.evaluation.gpus_per_job)).eval()
     rows, batch = load_cache(Path(cache)), config.generation.batch_size
     if config.values.enabled:
         rows = rows.subset(general_rows(rows, config.domain.general)[1])
@@ -260,7 +260,7 @@ class GeneratorActor:
             torch.set_num_threads(self.threads)
             unet = load_unet(self.model)
             self._base = _copy(unet.state_dict())
-            self._pipeline = load_pipeline(self.model, unet=unet).to(_device(self.gpus))
+            self._pipeline = load_pipeline(self.model, unet=unet).to(device_for(self.gpus))
             self._text = self._pipeline.tokenizer, self._pipeline.text_encoder
         return _facts()
 
@@ -315,7 +315,7 @@ class ScorerActor:
         """Load the network, unless that is done; return facts about the process."""
         if self._scorer is None:
             torch.set_num_threads(self.threads)
-            self._scorer = get_scorer(self.name, _device(self.gpus))
+            self._scorer = get_scorer(self.name, device_for(self.gpus))
         return _facts()
 
     def score(self, request: ScoreRequest, pictures: NDArray[np.uint8] | None = None) -> dict[str, Any]:
@@ -365,7 +365,8 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def _device(gpus: float) -> str:
+def device_for(gpus: float) -> str:
+    """Where a process that was given `gpus` computes. Raises RaygardError if torch sees none of them."""
     if not gpus:
         return "cpu"
     if not torch.cuda.is_available():

@@ -67,8 +67,8 @@ def equal_impact(
     """How much more a learned mask mitigates than the baselines at its own legal impact; None without its numbers.
 
     learned: name of the defence. points: (legal impact, mitigation) of every defence that has both; an edit followed
-    by the learned mask is no baseline, nor is a learned mask of another freeze ratio. samples: of `resampled_outcome`.
-    incomplete: defences with cells that failed or are not measured yet.
+    by the learned mask is no baseline, nor is a learned mask of another freeze ratio. samples: of
+    `outcome_and_samples`. incomplete: defences with cells that failed or are not measured yet.
     Returns {"legal_impact", "mitigation", "reached", "between", "difference", "difference_ci", "incomplete"}: what the
     baselines reach there and between which of them, None where no baseline harms legal users as little; the interval
     is the paired 95 % percentile interval over the bootstrap samples in which every defence has a number (those that

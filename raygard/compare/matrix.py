@@ -16,7 +16,7 @@ from raygard.compare.plan import Cell, Variant, classes, learned_alone
 from raygard.compare.similarity import sgr, similarity
 from raygard.config import RunConfig
 from raygard.errors import RaygardError
-from raygard.outcome import BASE, NONE, ROLES, build_outcome, resampled_outcome
+from raygard.outcome import BASE, NONE, ROLES, outcome_and_samples
 
 DONE, FAILED, UNFINISHED = "done", "failed", "unfinished"
 COLUMNS = (
@@ -85,8 +85,14 @@ class Matrix:
         legal = next((scale for scale in self.scales if scale.name == self.config.compare.legal_scorer), self.scales[0])
         if legal is not self.scales[0]:
             pairs.insert(0, (self.scales[0], legal))
+        # The bootstrap is the costly part, and scorers of one role each share theirs with tables of their own.
+        outcomes = {
+            variant.name: {scale: self._outcome(scale, variant) for scale in self.scales} for variant in self.variants
+        }
         return [
-            self._summary(dict(zip(ROLES, pair, strict=True)), variant) for pair in pairs for variant in self.variants
+            self._summary(dict(zip(ROLES, pair, strict=True)), variant, outcomes[variant.name])
+            for pair in pairs
+            for variant in self.variants
         ]
 
     def _cells(self, variant: Variant) -> list[Cell]:
@@ -131,8 +137,7 @@ class Matrix:
             return {"summary": [], "comparisons": [], "classes": [], "notes": []}, {}
         evaluation = self.config.evaluation.model_copy(update={"scorer": scale.name})
         config = self.config.model_copy(update={"evaluation": evaluation})
-        outcome = build_outcome(measured, config, self.base_loss, direction=scale.direction)
-        return outcome, resampled_outcome(measured, config, scale.direction)
+        return outcome_and_samples(measured, config, self.base_loss, direction=scale.direction)
 
     def _rows(self, scale: Scale, variant: Variant) -> list[dict[str, Any]]:
         yardsticks = self._yardsticks(scale, variant)
@@ -180,11 +185,13 @@ class Matrix:
             "outside_mask": "; ".join(around),
         }
 
-    def _summary(self, scales: Mapping[str, Scale], variant: Variant) -> dict[str, Any]:
-        """scales: the scorer of each role's classes."""
+    def _summary(
+        self, scales: Mapping[str, Scale], variant: Variant, known: Mapping[Scale, tuple[dict[str, Any], Samples]]
+    ) -> dict[str, Any]:
+        """scales: the scorer of each role's classes. known: of `_outcome`."""
         names = dict(classes(self.config))
-        outcomes = {scale: self._outcome(scale, variant) for scale in scales.values()}
-        known = {scale: self._yardsticks(scale, variant) for scale in outcomes}
+        outcomes = {scale: known[scale] for scale in scales.values()}
+        yardsticks = {scale: self._yardsticks(scale, variant) for scale in outcomes}
         lines = {scale: self._rows(scale, variant) for scale in outcomes}
         base = {cls: found["distance"] for cls in names if (found := self._base(scales[names[cls]], cls)) is not None}
         rows = [row for scale in outcomes for row in lines[scale] if scales[row["role"]] == scale]
@@ -226,7 +233,7 @@ class Matrix:
             },
             "classes": gaps,
             "notes": _notes({scale.name: outcomes[scale][0]["notes"] for scale in outcomes})
-            + _without([cls for cls in names if cls not in known[scales[names[cls]]]]),
+            + _without([cls for cls in names if cls not in yardsticks[scales[names[cls]]]]),
             "around": sorted({row["outside_mask"] for row in rows if row["outside_mask"]}),
             "reasons": _reasons(rows),
         }

@@ -13,7 +13,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from raygard.config_adapt import Section
+from raygard.config_section import Section
 from raygard.errors import RaygardError, nearest
 
 NAMES = (*(f"table{number}" for number in range(1, 9)), "figure12", "figure14")

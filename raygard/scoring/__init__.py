@@ -80,6 +80,15 @@ def get_scorer(name: str, device: str = "cpu") -> Scorer:
     return factory(device=device)
 
 
+def scorer_facts(name: str) -> Any:
+    """What has `direction` and `unit` of the scorer called `name`. Raises RaygardError with the nearest known name."""
+    if name not in SCORERS:
+        raise RaygardError(f"unknown scorer '{name}'{nearest(name, SCORERS)}")
+    factory: Any = SCORERS[name]
+    # A class tells these without loading any weights; a plain function must be called first.
+    return factory if hasattr(factory, "direction") and hasattr(factory, "unit") else factory()
+
+
 def check_evaluation(name: str) -> None:
     """Raise RaygardError unless `evaluation.scorer` can be `name`: a number for each picture, from pictures alone."""
     scorer = SCORERS.get(name)
