@@ -336,9 +336,23 @@ class CompareFlow:
                 self._write_if_due()
 
             for jobs, adapt in ((plain, variant.without_mask()), (masked, variant.config)):
-                if jobs:
+                ahead = []
+                for job in jobs:
+                    # A further scorer is of the same pictures: who could not adapt has none for it either.
+                    failure = self._failed_to_adapt(variant, job)
+                    if failure is None:
+                        ahead.append(job)
+                    else:
+                        on_result(failure)
+                if ahead:
                     adapted = config.model_copy(update={"adapt": adapt})
-                    run_jobs(jobs, _inputs_for(inputs, adapted), pool, on_result=on_result)
+                    run_jobs(ahead, _inputs_for(inputs, adapted), pool, on_result=on_result)
+
+    def _failed_to_adapt(self, variant: Variant, job: Any) -> dict[str, Any] | None:
+        """The failure of a job that did not get through its adaptation under the first scorer."""
+        cell = Cell(variant.name, job.defence, job.role, job.cls, job.draw, job.mask_seed, job.seed)
+        found = self.matrix.results.get((self.scorers[0], cell), {})
+        return dict(found) if found.get("failed") and found["stage"] == "adapt" else None
 
     def _jobs(self, seed: int, releases: Mapping[str, Sequence[Release]]) -> tuple[list[Any], list[Any]]:
         """Jobs with a mask, and jobs without."""

@@ -124,6 +124,33 @@ def test_an_edit_under_a_mask_with_values_of_its_own_is_lost_with_its_reason(
     assert "'freeze' carries values of its own" in flow.matrix.lost["uce+freeze"]
 
 
+def test_who_failed_to_adapt_is_not_tried_again_for_another_scorer(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raygard.cluster import evaluation
+    from raygard.cluster.jobs import EvaluationInputs, job_names
+    from raygard.compare_flow import CompareFlow, Release
+
+    tried: list[tuple[str, str]] = []
+
+    def fake_run_jobs(jobs: Any, inputs: EvaluationInputs, pool: Any, on_result: Callable[..., None]) -> None:
+        for job in jobs:
+            tried.append((inputs.config["evaluation"]["scorer"], job.cls))
+            stage = "adapt" if job.cls == "a" else "score"
+            on_result({**job_names(job), "failed": True, "stage": stage, "reason": "no luck", "attempts": 1})
+
+    monkeypatch.setattr(evaluation, "run_jobs", fake_run_jobs)
+    scorers = ("style_enlite0", "kid_enlite0")
+    flow = CompareFlow(settings("compare.defences=[none]", "compare.scorers=[kid_enlite0]"), tmp_path / "out")
+    flow.matrix.cells = flow._cells({})
+    inputs = EvaluationInputs({}, "cache", "adapt", "reference", references="pictures", store="store")
+    for scorer in scorers:
+        flow._meet(flow._with_scorer(scorer), inputs, None, scorer, flow.variants[0], 0, {"none": [Release()]})
+    assert tried == [(scorers[0], "a"), (scorers[0], "c"), (scorers[1], "c")]
+    known = {(scorer, cell.cls): found["stage"] for (scorer, cell), found in flow.matrix.results.items()}
+    assert known == {(scorer, cls): stage for scorer in scorers for cls, stage in (("a", "adapt"), ("c", "score"))}
+
+
 def test_what_is_to_be_measured_is_written_before_anything_is_learned(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
