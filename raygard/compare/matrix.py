@@ -25,6 +25,8 @@ COLUMNS = (
     "param_share", "trainable_params", "trainable_share", "seconds_adapt", "seconds_generate", "seconds_score",
     "peak_memory_bytes", "outside_mask", "store",
 )  # fmt: skip
+# What scorers of faces alone say: share of pictures without one, and the mean distance of the others.
+FACES = ("undetected", "mean_detected")
 # What two runs of the same matrix need not have in common.
 COSTS = ("seconds_adapt", "seconds_generate", "seconds_score", "peak_memory_bytes")
 
@@ -76,8 +78,8 @@ class Matrix:
     def summaries(self) -> list[dict[str, Any]]:
         """One table for each scorer and adaptation: {"scorer", "adaptation", "method", "direction", "unit", "release",
         "defences", "comparisons", "equal_impact", "classes", "notes", "around", "reasons"}, and one entry of "defences"
-        for each defence; "release" has the untouched release's own plain distances, "comparisons" is outcome.json's,
-        "equal_impact" has an entry for each learned mask.
+        for each defence; "release" has the untouched release's own plain distances and faces, "comparisons" is
+        outcome.json's, "equal_impact" has an entry for each learned mask.
 
         With `compare.legal_scorer`, first the tables whose illegal columns are of the first scorer and whose legal ones
         are of that one; "scorer", "direction" and "unit" then name both."""
@@ -177,7 +179,7 @@ class Matrix:
     def _numbers(self, found: Result, variant: Variant) -> dict[str, Any]:
         same = ("n", "distance", "freeze_ratio", "param_share", "trainable_params", "store")
         numbers = {name: found[name] for name in same}
-        numbers |= {name: found.get(name) for name in ("undetected", "mean_detected", "peak_memory_bytes")}
+        numbers |= {name: found.get(name) for name in (*FACES, "peak_memory_bytes")}
         numbers |= {f"seconds_{kind}": found["seconds"].get(kind) for kind in ("adapt", "generate", "score")}
         around = [*(variant.around if found["mask_sha256"] else ()), *found["outside_mask"]]
         return numbers | {
@@ -193,7 +195,10 @@ class Matrix:
         outcomes = {scale: known[scale] for scale in scales.values()}
         yardsticks = {scale: self._yardsticks(scale, variant) for scale in outcomes}
         lines = {scale: self._rows(scale, variant) for scale in outcomes}
-        base = {cls: found["distance"] for cls in names if (found := self._base(scales[names[cls]], cls)) is not None}
+        untouched = {cls: found for cls in names if (found := self._base(scales[names[cls]], cls)) is not None}
+        release = _plain({cls: found["distance"] for cls, found in untouched.items()}, names)
+        for role in ROLES:
+            release |= _faces([found for cls, found in untouched.items() if names[cls] == role], role)
         rows = [row for scale in outcomes for row in lines[scale] if scales[row["role"]] == scale]
         gaps = [entry for role in ROLES for entry in outcomes[scales[role]][0]["classes"] if entry["role"] == role]
         entries = {role: {e["defence"]: e for e in outcomes[scales[role]][0]["summary"]} for role in ROLES}
@@ -220,7 +225,7 @@ class Matrix:
             "unit": _joined(scale.unit for scale in scales.values()),
             "adaptation": variant.name,
             "method": variant.config.method,
-            "release": _plain(base, names),
+            "release": release,
             "defences": defences,
             "comparisons": [
                 {"against": name, **_of_roles({role: compared[role].get(name, {}) for role in ROLES}, DIFFERENCES)}
@@ -309,15 +314,21 @@ def _means(rows: Sequence[Mapping[str, Any]], counted: set[str]) -> dict[str, An
     """Means over a defence's cells: of costs over all that are done, of SGR over the counted classes of each role."""
     states = [row["status"] for row in rows]
     found: dict[str, Any] = {status: states.count(status) for status in (DONE, FAILED, UNFINISHED)}
-    for name in ("freeze_ratio", "param_share", "trainable_share", "seconds_adapt", "undetected", "mean_detected"):
+    for name in ("freeze_ratio", "param_share", "trainable_share", "seconds_adapt"):
         found[name] = _mean([row[name] for row in rows])
     for role in ROLES:
         by_class = {
             cls: _mean([row["sgr"] for row in rows if (row["role"], row["class"]) == (role, cls)]) for cls in counted
         }
         found[f"sgr_{role}"] = _mean(list(by_class.values()))
+        found |= _faces([row for row in rows if row["role"] == role], role)
     peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
     return found | {"peak_memory_bytes": max(peaks, default=None)}
+
+
+def _faces(results: Sequence[Mapping[str, Any]], role: str) -> dict[str, float | None]:
+    """What a scorer of faces says beside its distances, of one role; None for other scorers."""
+    return {f"{name}_{role}": _mean([found.get(name) for found in results]) for name in FACES}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -31,7 +31,11 @@ HEADER = (
     "defence", "tensors", "params", "mitigation [95 %]", "legal impact [95 %]", "illegal", "legal", "rel. illegal",
     "rel. legal", "SGR illegal", "SGR legal", "base loss", "s", "peak MiB", "trained", "cells",
 )  # fmt: skip
-NO_FACE = "no face"
+# Of scorers that look for faces: columns of a table and the numbers in them.
+FACES = {
+    "no face, illegal": "undetected_illegal", "no face, legal": "undetected_legal",
+    "with a face, illegal": "mean_detected_illegal", "with a face, legal": "mean_detected_legal",
+}  # fmt: skip
 RELEASE = "(the release itself)"
 
 
@@ -45,14 +49,15 @@ def lines(summary: Summary) -> Lines:
     """The header, the untouched release's own distances, and one line for each defence; "-" where there is no number.
 
     `illegal`, `legal`: plain mean distances in the scorer's unit. `s`: mean seconds of an adaptation. `trained`:
-    trained numbers as a share of the denoiser's. `cells`: done of all, and how many failed or are unfinished. A column
-    for pictures without a face where the scorer looks for faces.
+    trained numbers as a share of the denoiser's. `cells`: done of all, and how many failed or are unfinished. Where
+    the scorer looks for faces, the share of pictures without one and the mean distance of the others.
     """
-    faces = any(entry["undetected"] is not None for entry in summary["defences"])
-    table = [[*HEADER, *([NO_FACE] if faces else [])]]
+    everyone = [summary["release"], *summary["defences"]]
+    faces = FACES if any(entry[name] is not None for entry in everyone for name in FACES.values()) else {}
+    table = [[*HEADER, *faces]]
     release = {"illegal": "distance_illegal", "legal": "distance_legal"}
-    own = [_number(summary["release"][release[name]], ".4f") if name in release else "-" for name in table[0][1:]]
-    table.append([RELEASE, *own])
+    own = [_number(summary["release"][release[name]], ".4f") if name in release else "-" for name in HEADER[1:]]
+    table.append([RELEASE, *own, *_faces(summary["release"], faces)])
     for entry in summary["defences"]:
         line = [entry["defence"], _percent(entry["freeze_ratio"]), _percent(entry["param_share"])]
         line += [_with_interval(entry, "mitigation"), _with_interval(entry, "legal_impact")]
@@ -63,7 +68,7 @@ def lines(summary: Summary) -> Lines:
         peak = entry["peak_memory_bytes"]
         line += [_number(None if peak is None else peak / 2**20, ".0f"), _percent(entry["trainable_share"])]
         line.append(_counts(entry))
-        table.append([*line, *([_percent(entry["undetected"])] if faces else [])])
+        table.append([*line, *_faces(entry, faces)])
     return table
 
 
@@ -165,6 +170,13 @@ def _counts(entry: Mapping[str, Any]) -> str:
 def _with_interval(entry: Mapping[str, Any], name: str) -> str:
     value = entry[name]
     return "-" if value is None else f"{value:.3f} {bracket(entry[f'{name}_ci'])}".rstrip()
+
+
+def _faces(entry: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    return [
+        _percent(entry[name]) if name.startswith("undetected") else _number(entry[name], ".4f")
+        for name in columns.values()
+    ]
 
 
 def _percent(value: float | None, sign: str = "") -> str:

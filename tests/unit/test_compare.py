@@ -305,12 +305,17 @@ def test_what_goes_around_the_mask_is_printed() -> None:
         assert "utside every mask: the token" in text
 
 
-def test_pictures_without_a_face_have_a_column_only_where_faces_are_sought() -> None:
+def test_faces_have_columns_of_either_role_only_where_they_are_sought() -> None:
     found = matrix(config())
-    assert "no face" not in lines(found.summaries()[0])[0]
+    assert "face" not in " ".join(lines(found.summaries()[0])[0])
+    said = {"illegal": {"undetected": 0.25, "mean_detected": 0.2}, "legal": {"undetected": 0.5, "mean_detected": 0.1}}
     for key, kept in list(found.results.items()):
-        found.results[key] = {**kept, "undetected": 0.25, "mean_detected": 0.2}
-    assert [line[-1] for line in lines(found.summaries()[0])] == ["no face", "-", *["25.0%"] * 4]
+        found.results[key] = {**kept, **said[kept["role"]]}
+    for key, kept in list(found.base.items()):
+        found.base[key] = {**kept, "undetected": 1.0, "mean_detected": None}
+    header, release, *defences = [line[-4:] for line in lines(found.summaries()[0])]
+    assert header == ["no face, illegal", "no face, legal", "with a face, illegal", "with a face, legal"]
+    assert release == ["100.0%", "100.0%", "-", "-"] and defences == [["25.0%", "50.0%", "0.2000", "0.1000"]] * 4
 
 
 class Cells(HTMLParser):
