@@ -36,11 +36,12 @@ def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """One panel for each domain; the plain attack only."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if not row["swap"] and not row["overrides"]]
     domains = sorted({row["domain"] for row in rows})
     rules = sorted({row["rule"] for row in rows})
     figure = Figure(figsize=(6.2 * len(domains), 4.6), layout="constrained")
     for axes, domain in zip(np.atleast_1d(figure.subplots(1, len(domains))), domains, strict=True):
-        own = [row for row in rows if row["domain"] == domain and row["attack"] == "plain" and not row["swap"]]
+        own = [row for row in rows if row["domain"] == domain and row["attack"] == "plain"]
         outside = sum(row["illegal distance"] > LIMIT or row["legal distance"] > LIMIT for row in own)
         for number, rule in enumerate(rules):
             if not any(row["rule"] == rule for row in own):
@@ -100,9 +101,12 @@ def main() -> None:
         samples(bench, FreezeMask.load(arguments.mask), arguments.samples)
         return
     rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
-    for domain, swap in sorted({(row["domain"], row["swap"]) for row in rows}):
-        print(f"{domain}{', illegal and legal exchanged' * swap}")
-        print(table([row for row in rows if (row["domain"], row["swap"]) == (domain, swap)]) + "\n")
+    groups: dict[tuple[str, bool, tuple[str, ...]], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["domain"], row["swap"], tuple(row["overrides"])), []).append(row)
+    for (domain, swap, overrides), own in sorted(groups.items()):
+        print(", ".join([domain, *["illegal and legal exchanged"] * swap, *overrides]))
+        print(table(own) + "\n")
     if arguments.front:
         front(rows, arguments.front)
 
