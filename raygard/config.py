@@ -179,6 +179,7 @@ class EngineConfig(Section):
     checkpoints_total_limit: int = Field(2, ge=1)
     gradient_checkpointing: bool = False
     timeout_s: float = Field(1800.0, gt=0, description="collective timeout")
+    check_cluster: bool = Field(True, description="refuse a cluster that cannot run the job (docs/cluster-jobs.md)")
 
 
 class GenerationConfig(Section):
@@ -369,7 +370,9 @@ class RunConfig(Section):
 
 # How work is spread: this may change between two attempts at the same run, as may where records are kept.
 SCHEDULING: dict[str, set[str]] = {
-    "engine": {"max_failures", "checkpoints_total_limit", "timeout_s", "cpus_per_worker", "torch_threads"},
+    "engine": {
+        *("max_failures", "checkpoints_total_limit", "timeout_s", "cpus_per_worker", "torch_threads", "check_cluster"),
+    },
     "evaluation": {
         *("cpus_per_job", "gpus_per_job", "actor_threads", "max_attempts", "item_timeout_s"),
         *("generators", "generator_cpus", "generator_gpus", "scorers", "scorer_cpus", "scorer_gpus"),

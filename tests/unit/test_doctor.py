@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,41 @@ def test_a_cluster_that_does_not_answer_is_one_red_line(monkeypatch: pytest.Monk
     assert (check.name, check.ok) == ("cluster", False) and "127.0.0.1:1" in check.text and "start it" in check.mend
 
 
-def test_long_jobs_are_refused_with_every_red_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    unfit = the_facts(a_node("a", shm_bytes=0, data=Listing(error="gone")))
-    module = sys.modules["raygard.cluster.doctor.examine"]
-    monkeypatch.setattr(module, "collect", lambda *_: unfit)
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
+    """Sets what the automatic check finds in a cluster that RAY_ADDRESS names."""
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    require_fit(load_config(None), tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "h:1")
-    with pytest.raises(UnfitClusterError, match=r"shm.*\| data.*gone") as refused:
+    module = sys.modules["raygard.cluster.doctor.examine"]
+    return lambda facts: monkeypatch.setattr(module, "collect", lambda *_: facts)
+
+
+def test_long_jobs_are_refused_with_every_line_that_ends_them(
+    found: Callable[[Facts], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found(the_facts(a_node("a", wrote="read-only", model=Listing(error="gone"))))
+    with pytest.raises(UnfitClusterError, match=r"storage.*read-only.*\| model.*gone") as refused:
         require_fit(load_config(None), tmp_path)
     assert refused.value.exit_code == ExitCode.UNFIT_CLUSTER and "\n" not in str(refused.value)
-    monkeypatch.setattr(module, "collect", lambda *_: the_facts())
+    require_fit(load_config(None, ["engine.check_cluster=false"]), tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS")
     require_fit(load_config(None), tmp_path)
+
+
+def test_long_jobs_start_in_spite_of_what_may_pass(
+    found: Callable[[Facts], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    held = a_node("a", shm_bytes=0, gpus=[(GIB // 2, 80 * GIB)], data=Listing(error="gone"))
+    found(the_facts(held, mlflow_trouble="refused"))
+    with caplog.at_level("WARNING", "raygard"):
+        require_fit(load_config(None, [*GPU, *REMOTE]), tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split()[2] for line in said] == ["shm", "memory", "mlflow", "data"]
+    assert all("\n" not in line for line in said)
+    caplog.clear()
+    found(the_facts())
+    require_fit(load_config(None), tmp_path)
+    assert not caplog.records
 
 
 # Memory

@@ -23,6 +23,9 @@ CUDA_BYTES = 1024**3
 
 # What a job may do; a search does all of it.
 STAGES = ("learn", "evaluate", "search")
+# Red lines that no job survives. The others may be untrue of it (an estimate, GPUs that are held for a moment), or be
+# borne: MLflow's records wait on disk for their server.
+FATAL = ("cluster", "versions", "resources", "storage", "model")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Check:
     ok: bool
     text: str
     mend: str = ""
+
+    @property
+    def fatal(self) -> bool:
+        """Whether a job must not be started."""
+        return not self.ok and self.name in FATAL
 
     def line(self) -> str:
         return f"{'green' if self.ok else 'RED  '}  {self.name:<9}  {self.text}" + (f"; {self.mend}" * bool(self.mend))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,6 +22,8 @@ from raygard.config import RunConfig
 from raygard.errors import RaygardError, UnfitClusterError
 
 CONFIG_FILE = "doctor.yaml"
+
+log = logging.getLogger("raygard")
 
 
 def examine(config: RunConfig, out: str | Path, address: str | None) -> list[Check]:
@@ -63,18 +66,22 @@ def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> li
 
 
 def require_fit(config: RunConfig, out: str | Path, *stages: str) -> None:
-    """Before a long job on a cluster that RAY_ADDRESS names: raise UnfitClusterError with every red line.
+    """Before a long job on a cluster that RAY_ADDRESS names: raise UnfitClusterError with the red lines that end it.
 
-    stages: what the job does, of `checks.STAGES`. The process must be connected. Does nothing on a private cluster,
-    which has only the machine it runs on.
+    Other red lines are logged as warnings. stages: what the job does, of `checks.STAGES`. The process must be
+    connected. Does nothing on a private cluster, which has only the machine it runs on, or without
+    `engine.check_cluster`.
     """
     address = cluster_address(None)
-    if address is None:
+    if address is None or not config.engine.check_cluster:
         return
-    checks = judge(config, collect(config, out, address), stages)
-    if not all_green(checks):
-        red = " | ".join(check.line().removeprefix("RED").strip() for check in checks if not check.ok)
-        raise UnfitClusterError(f"this cluster cannot run the job (raygard doctor): {red}")
+    red = [check for check in judge(config, collect(config, out, address), stages) if not check.ok]
+    fatal = " | ".join(_red(check) for check in red if check.fatal)
+    for check in red:
+        if not check.fatal:
+            log.warning("raygard doctor: %s", _red(check))
+    if fatal:
+        raise UnfitClusterError(f"this cluster cannot run the job (raygard doctor): {fatal}")
 
 
 def report_json(checks: Sequence[Check]) -> dict[str, Any]:
@@ -91,6 +98,10 @@ def read_checks(text: str) -> list[Check] | None:
         except (ValueError, TypeError, KeyError):
             continue
     return None
+
+
+def _red(check: Check) -> str:
+    return check.line().removeprefix("RED").strip()
 
 
 def _unreachable(error: RaygardError) -> Check:
