@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import raygard
+from raygard.cluster.doctor.checks import NodeFacts, check_shm
 from raygard.config_file import load_config
 from tests.unit.kuberay_schema import SCHEMAS
 
@@ -294,6 +295,29 @@ def test_every_ray_pod_has_the_shared_volume_and_room_in_shm() -> None:
             assert amount(shm["sizeLimit"]) <= amount(container["resources"]["limits"]["memory"]) / 2
     claims = {claim["metadata"]["name"]: claim["spec"]["accessModes"] for claim in resources("PersistentVolumeClaim")}
     assert claims["raygard-shared"] == ["ReadWriteMany"]
+
+
+def test_the_doctor_finds_room_in_the_shm_of_every_node_we_ship() -> None:
+    nodes = []
+    for cluster in ray_clusters():
+        for group in ray_groups(cluster):
+            spec = group["template"]["spec"]
+            (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"] if volume["name"] == "shm")
+            gpus = float(spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
+            nodes.append((gpus, float(group["rayStartParams"]["object-store-memory"]), amount(shm)))
+    for path in LAUNCHER:
+        config = yaml.safe_load(path.read_text())
+        for kind, gpus in (("head", 0.0), ("worker", 8.0)):
+            started = " ".join(config[f"{kind}_start_ray_commands"])
+            (store,) = re.findall(r"--object-store-memory=(\d+)", started)
+            (shm,) = re.findall(r"--shm-size=(\d+)g", " ".join(config["docker"][f"{kind}_run_options"]))
+            nodes.append((gpus, float(store), int(shm) * 2**30))
+    facts = [
+        NodeFacts(str(i), str(i), resources={"GPU": gpus, "object_store_memory": store}, shm_bytes=int(shm))
+        for i, (gpus, store, shm) in enumerate(nodes)
+    ]
+    check = check_shm(load_config(None, ["engine.use_gpu=true"]), facts)
+    assert len(facts) == 9 and check.ok, check.line()
 
 
 def test_gpu_workers_ask_for_gpus_and_drain_in_time() -> None:

@@ -41,6 +41,7 @@ def the_facts(*nodes: NodeFacts, **other: Any) -> Facts:
 
 
 GPU = ("engine.use_gpu=true",)
+ON_CPU = {"CPU": 2.0, "object_store_memory": 1e9}
 REMOTE = ("tracking.tracking_uri=http://m:5000",)
 
 
@@ -57,7 +58,9 @@ REMOTE = ("tracking.tracking_uri=http://m:5000",)
         ("storage", (), the_facts(a_node("a"), a_node("b", wrote="Permission denied")), "b: Permission denied"),
         ("storage", (), the_facts(a_node("a"), a_node("b", unseen=["a"])), "b does not see what a writes"),
         ("shm", (), the_facts(a_node("a", shm_bytes=64 * 1024**2)), "a has 64 of 954 MiB"),
-        ("shm", GPU, the_facts(a_node("a", shm_bytes=10**9)), "of 1978 MiB"),
+        ("shm", GPU, the_facts(a_node("a", shm_bytes=10**9)), "of 1978 MiB (1 GiB of it for NCCL)"),
+        ("shm", GPU, the_facts(a_node("a"), a_node("b", resources=ON_CPU, shm_bytes=10**9)), ""),
+        ("shm", GPU, the_facts(a_node("a"), a_node("b", resources=ON_CPU, shm_bytes=10**8)), "b has 95 of 954 MiB"),
         ("memory", GPU, the_facts(a_node("a", gpus=[(GIB, 80 * GIB)])), "0 of 1 GPUs have that free, 1 are needed"),
         ("memory", GPU, the_facts(a_node("a", gpus=[])), "no node shows a GPU"),
         ("memory", (), the_facts(a_node("a", memory_bytes=GIB // 2)), "a may get 1 and has 0.5 GiB"),

@@ -175,13 +175,15 @@ def check_storage(storage: str, nodes: Sequence[NodeFacts]) -> Check:
 
 
 def check_shm(config: RunConfig, nodes: Sequence[NodeFacts]) -> Check:
-    """Ray's object store fits into /dev/shm, and NCCL beside it where GPUs are used; else Ray swaps to slow disk."""
-    extra = NCCL_SHM_BYTES if config.engine.use_gpu else 0
+    """Ray's object store fits into /dev/shm, else it lies in /tmp; and NCCL, on nodes whose GPUs are used."""
     small = []
     for node in nodes:
-        need = node.resources.get("object_store_memory", 0.0) + extra
-        if node.shm_bytes < need:
-            small.append(f"{node.name} has {node.shm_bytes / MIB:.0f} of {need / MIB:.0f} MiB")
+        store = node.resources.get("object_store_memory", 0.0)
+        nccl = NCCL_SHM_BYTES if config.engine.use_gpu and node.resources.get("GPU", 0.0) else 0
+        if node.shm_bytes < store + nccl:
+            # Ray takes nothing of a /dev/shm that is too small for its store.
+            why = "Ray's store is on disk" if node.shm_bytes < store else "1 GiB of it for NCCL"
+            small.append(f"{node.name} has {node.shm_bytes / MIB:.0f} of {(store + nccl) / MIB:.0f} MiB ({why})")
     if small:
         mend = "raise it (docker --shm-size, an emptyDir of medium Memory in Kubernetes) or start Ray with less"
         return Check("shm", False, f"/dev/shm is small: {', '.join(small)}", f"{mend} --object-store-memory")
