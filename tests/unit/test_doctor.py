@@ -36,7 +36,13 @@ def a_node(name: str, **facts: Any) -> NodeFacts:
 
 
 def the_facts(*nodes: NodeFacts, **other: Any) -> Facts:
-    defaults = {"address": "h:1", "storage": "/s", "versions": VERSIONS, "memory": {"weights": GIB}}
+    defaults = {
+        "address": "h:1",
+        "storage": "/s",
+        "versions": VERSIONS,
+        "memory": {"weights": GIB},
+        "data": Listing(9, 9),
+    }
     return Facts(**{**defaults, "nodes": nodes or (a_node("a"), a_node("b")), "mlflow_trouble": None, **other})
 
 
@@ -67,7 +73,7 @@ REMOTE = ("tracking.tracking_uri=http://m:5000",)
         ("mlflow", REMOTE, the_facts(mlflow_trouble="refused"), "does not answer (refused)"),
         ("model", (), the_facts(a_node("a"), a_node("b", model=Listing(error="no such folder"))), "b: no such folder"),
         ("model", (), the_facts(a_node("a", model=Listing(3, 9)), a_node("b", model=Listing(2, 9))), "differs"),
-        ("data", (), the_facts(a_node("a", data=Listing(error="gone"))), "a: gone"),
+        ("data", (), the_facts(data=Listing(error="gone")), "by the driver: gone"),
     ],
 )
 def test_one_fault_is_one_red_line_with_its_mend(name: str, settings: tuple[str, ...], facts: Facts, said: str) -> None:
@@ -147,8 +153,8 @@ def test_long_jobs_are_refused_with_every_line_that_ends_them(
 def test_long_jobs_start_in_spite_of_what_may_pass(
     found: Callable[[Facts], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    held = a_node("a", shm_bytes=0, gpus=[(GIB // 2, 80 * GIB)], data=Listing(error="gone"))
-    found(the_facts(held, mlflow_trouble="refused"))
+    held = a_node("a", shm_bytes=0, gpus=[(GIB // 2, 80 * GIB)])
+    found(the_facts(held, data=Listing(error="gone"), mlflow_trouble="refused"))
     with caplog.at_level("WARNING", "raygard"):
         require_fit(load_config(None, [*GPU, *REMOTE]), tmp_path)
     said = [record.getMessage() for record in caplog.records]
@@ -283,4 +289,5 @@ def test_listings_name_what_cannot_be_read(tmp_path: Path, tiny_sd: Path) -> Non
     assert on_node.list_model("/no/such/model", None).error
     assert "/no/such/data" in str(on_node.list_data("/no/such/data").error)
     assert on_node.list_data("zoo:emoji-styles").num_files > 0
+    assert str(Path.cwd()) in str(on_node.list_data("no/such/data").error)
     assert on_node.main_memory() > 2**20

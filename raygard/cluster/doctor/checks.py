@@ -69,7 +69,6 @@ class NodeFacts:
     wrote: str | None = None
     unseen: Sequence[str] = ()
     model: Listing = field(default_factory=Listing)
-    data: Listing = field(default_factory=Listing)
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Facts:
     """What all checks are made of.
 
     address: of the cluster, "" for a private one. storage: the folder that markers were written to. versions: of the
-    process that asks. memory: terms of `estimate_memory`, or why there is none. mlflow_trouble: why the store does not
-    answer.
+    process that asks. memory: terms of `estimate_memory`, or why there is none. data: the domain's folder, which only
+    the driver reads. mlflow_trouble: why the store does not answer.
     """
 
     address: str
@@ -86,6 +85,7 @@ class Facts:
     versions: Mapping[str, str]
     nodes: Sequence[NodeFacts]
     memory: Mapping[str, int] | str
+    data: Listing
     mlflow_trouble: str | None
 
 
@@ -104,7 +104,7 @@ def judge(config: RunConfig, facts: Facts, stages: Sequence[str] = STAGES) -> li
         check_memory(config, facts.memory, nodes),
         check_mlflow(config, facts.mlflow_trouble),
         check_model(config.model.pretrained_model_name_or_path, nodes),
-        check_listing("data", config.domain.data, [(n.name, n.data) for n in nodes]),
+        check_data(config.domain.data, facts.data),
     ]
 
 
@@ -236,28 +236,31 @@ def check_mlflow(config: RunConfig, trouble: str | None) -> Check:
 
 
 def check_model(name: str, nodes: Sequence[NodeFacts]) -> Check:
-    """Every node can read the model; a known shape has nothing to be read."""
+    """Every node can read the model, and sees the same; a known shape has nothing to be read."""
     if is_shape(name):
         return Check("model", True, f"{name} is a size to estimate with; there is nothing to read")
-    return check_listing("model", name, [(node.name, node.model) for node in nodes])
-
-
-def check_listing(name: str, path: str, seen: Sequence[tuple[str, Listing]]) -> Check:
-    """A folder that is readable, and the same, on every node."""
-    broken = [f"{node}: {listing.error}" for node, listing in seen if listing.error is not None]
+    broken = [f"{node.name}: {node.model.error}" for node in nodes if node.model.error is not None]
     if broken:
         mend = "put it on storage that every node mounts and give its absolute path"
-        return Check(name, False, f"{path} cannot be read on {', '.join(broken)}", mend)
+        return Check("model", False, f"{name} cannot be read on {', '.join(broken)}", mend)
     kinds: dict[tuple[int, int], list[str]] = {}
-    for node, listing in seen:
-        kinds.setdefault((listing.num_files, listing.size_bytes), []).append(node)
+    for node in nodes:
+        kinds.setdefault((node.model.num_files, node.model.size_bytes), []).append(node.name)
     described = [
         f"{_plural(n, 'file')}, {size / MIB:.1f} MiB on {', '.join(names)}" for (n, size), names in kinds.items()
     ]
     if len(kinds) > 1:
         mend = "copy one of them everywhere, or use shared storage"
-        return Check(name, False, f"{path} differs between nodes: {' but '.join(described)}", mend)
-    return Check(name, True, f"{path} is readable on {_plural(len(seen), 'node')}")
+        return Check("model", False, f"{name} differs between nodes: {' but '.join(described)}", mend)
+    return Check("model", True, f"{name} is readable on {_plural(len(nodes), 'node')}")
+
+
+def check_data(name: str, listing: Listing) -> Check:
+    """The driver can read the pictures; the nodes get what it makes of them."""
+    if listing.error is not None:
+        mend = "put it on storage that the driver's node mounts and give its absolute path"
+        return Check("data", False, f"{name} cannot be read by the driver: {listing.error}", mend)
+    return Check("data", True, f"{name} is readable where the job's driver runs")
 
 
 def fit_or_reason(find: Callable[[], Mapping[str, int]]) -> Mapping[str, int] | str:

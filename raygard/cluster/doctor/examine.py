@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from raygard.cluster.address import TOKEN_HELP, cluster_address
-from raygard.cluster.doctor.checks import Check, all_green, judge
+from raygard.cluster.doctor.checks import Check, all_green, check_data, judge
 from raygard.cluster.doctor.facts import collect
+from raygard.cluster.doctor.node import list_data
 from raygard.cluster.session import environment, ray_session
 from raygard.cluster.submit import follow, jobs_client, submit
 from raygard.config import RunConfig
@@ -62,6 +63,10 @@ def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> li
     if checks is None:
         last = next((line for line in reversed("".join(log).splitlines()) if line.strip()), ended.reason or "no output")
         raise RaygardError(f"the job that looks around in the cluster at {address} failed (ray job {job_id}): {last}")
+    data = Path(config.domain.data)
+    if data.is_dir() and not data.is_absolute():
+        # `raygard submit` uploads it with the working directory, which the job that looked around had none of.
+        checks = [check_data(str(data), list_data(str(data))) if c.name == "data" else c for c in checks]
     return checks
 
 

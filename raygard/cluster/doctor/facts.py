@@ -10,7 +10,7 @@ from typing import Any
 
 from raygard.cluster.doctor.checks import Facts, NodeFacts, fit_or_reason
 from raygard.cluster.doctor.memory import estimate_memory
-from raygard.cluster.doctor.node import Listing, look_around, remove_markers, unseen_markers, versions
+from raygard.cluster.doctor.node import Listing, list_data, look_around, remove_markers, unseen_markers, versions
 from raygard.config import RunConfig
 from raygard.tracking_store import store_trouble
 
@@ -31,9 +31,8 @@ def collect(config: RunConfig, out: str | Path, address: str) -> Facts:
     storage = existing_folder(Path(os.path.abspath(os.path.expanduser(out))))
     folder = str(storage / f".raygard-doctor-{secrets.token_hex(8)}")
     model = config.model.pretrained_model_name_or_path
-    wanted = (model, config.model.revision, config.domain.data)
     try:
-        first = _on_each(nodes, look_around, [(folder, node["NodeID"], *wanted) for node in nodes])
+        first = _on_each(nodes, look_around, [(folder, node["NodeID"], model, config.model.revision) for node in nodes])
         wrote = [
             n["NodeID"] for n, (said, failed) in zip(nodes, first, strict=True) if not failed and not said["wrote"]
         ]
@@ -56,6 +55,7 @@ def collect(config: RunConfig, out: str | Path, address: str) -> Facts:
         versions=versions(),
         nodes=found,
         memory=fit_or_reason(lambda: worker_memory(config)),
+        data=list_data(config.domain.data),
         mlflow_trouble=store_trouble(uri) if uri else None,
     )
 

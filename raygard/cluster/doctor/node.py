@@ -76,23 +76,26 @@ def list_model(name: str, revision: str | None) -> Listing:
 
 
 def list_data(name: str) -> Listing:
-    """What lies at the top of the domain's folder, as this node sees it."""
+    """What lies at the top of the domain's folder, as this process sees it; nothing is opened."""
     from raygard.errors import RaygardError
     from raygard.imagefolder import resolve_data
 
     try:
-        return list_folder(resolve_data(name), (), needed=None)
+        folder = resolve_data(name).absolute()
+        sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
     except RaygardError as error:
-        return Listing(error=str(error))
+        return Listing(error=f"{error}, seen from {Path.cwd()}")
+    except OSError as error:
+        return Listing(error=f"{error.filename or name}: {error.strerror or error}")
+    return Listing(len(sizes), sum(sizes))
 
 
-def list_folder(folder: Path, patterns: Sequence[str], needed: str | None) -> Listing:
-    """Files of `folder` that match, in all depths, each opened once; without patterns, those at its top."""
+def list_folder(folder: Path, patterns: Sequence[str], needed: str) -> Listing:
+    """Files of `folder` that match, in all depths, each opened once."""
     try:
-        files = [path for pattern in patterns for path in folder.rglob(pattern)] if patterns else list(folder.iterdir())
-        if needed is not None and not (folder / needed).is_file():
+        if not (folder / needed).is_file():
             return Listing(error=f"no {needed} in {folder}")
-        files = [path for path in files if path.is_file()]
+        files = [path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()]
         for path in files:
             with path.open("rb") as stream:
                 stream.read(1)
@@ -123,7 +126,7 @@ def main_memory() -> int:
     return 0
 
 
-def look_around(folder: str, node_id: str, model: str, revision: str | None, data: str) -> dict[str, Any]:
+def look_around(folder: str, node_id: str, model: str, revision: str | None) -> dict[str, Any]:
     """Everything `NodeFacts` says of the node that this runs on; its marker is written to `folder`."""
     try:
         shm_bytes = shutil.disk_usage("/dev/shm").total
@@ -136,7 +139,6 @@ def look_around(folder: str, node_id: str, model: str, revision: str | None, dat
         "memory_bytes": main_memory(),
         "wrote": write_marker(folder, node_id),
         "model": list_model(model, revision),
-        "data": list_data(data),
     }
 
 
