@@ -8,8 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,6 +17,8 @@ import typer
 
 import raygard
 from raygard.cli_cluster import cluster_app
+from raygard.cli_flow import open_flow as _flow
+from raygard.cli_flow import print_outcome as _print_outcome
 from raygard.cli_options import (
     ConfigOption,
     DataOption,
@@ -44,40 +45,6 @@ app = typer.Typer(
     ),
 )
 app.add_typer(cluster_app)
-
-
-@contextmanager
-def _flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compares: bool = False) -> Iterator[Any]:
-    """A flow on a cluster that can run it; the cluster is left again at the end."""
-    from raygard.cluster.doctor.examine import require_fit
-    from raygard.cluster.evaluation_pool import require_evaluation
-    from raygard.cluster.session import ray_session, require_resources
-    from raygard.compare_flow import CompareFlow
-    from raygard.flow import Flow
-    from raygard.progress import Progress
-
-    with ExitStack() as stack:
-
-        def connect() -> None:
-            stack.enter_context(ray_session())
-            require_resources(config.engine)
-            if evaluates:
-                require_evaluation(config.evaluation)
-            require_fit(config, out, "learn", *(["evaluate"] if evaluates else []))
-
-        yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
-
-
-def _print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
-    from raygard.outcome import format_table
-
-    print(format_table(outcome))
-    print(f"\nmask     {flow.dir / 'mask'}")
-    print(f"outcome  {flow.dir / 'outcome.json'}")
-    print(f"report   {flow.dir / 'report.html'}")
-    if flow.config.tracking.enabled:
-        uri = flow.config.tracking.tracking_uri or f"sqlite:///{flow.dir / 'mlflow.db'}"
-        print(f"MLflow   {uri}    (look: mlflow ui --backend-store-uri {uri})")
 
 
 @app.command()
@@ -283,15 +250,15 @@ def evaluate(
 ) -> None:
     """Measure a mask without learning one: users adapt every class under it and under controls, and are scored.
 
-    Masks that `raygard learn` left in OUT are taken if no `--mask` is given.
+    Masks that `raygard learn` left in OUT are taken if no `--mask` is given. OUT keeps to the masks it has measured.
     """
-    from raygard.flow import masks_to_evaluate
+    from raygard.defences import masks_to_evaluate
 
     seeds = [f"evaluation.mask_seeds={list(range(len(mask)))}"] if mask else []
     run_config = _config(config, [*(overrides or []), *seeds], model, data)
     masks = masks_to_evaluate(run_config, mask or (), out)
     with _flow(run_config, out, quiet) as flow:
-        outcome = flow.evaluate_masks(masks)
+        outcome = flow.evaluate_masks(masks, given=bool(mask))
     _print_outcome(flow, outcome)
 
 

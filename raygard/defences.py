@@ -13,11 +13,15 @@ from torch import Tensor
 from raygard.baselines import DEFENCES, DRAWN, NEED_RELEARNED, choose_frozen, relative_change
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.model import load_unet
+from raygard.errors import RaygardError
 from raygard.mask import FreezeMask, select_frozen
 from raygard.mask.soft import shift_to_budget, soft_mask
 from raygard.mask.weights import load_denoiser_state
+from raygard.rundir import RunDirectory
 from raygard.seeding import generator
 
+# In run.json: SHA-256 of masks that were measured and are not the run's own.
+GIVEN_MASKS = "given_masks"
 CONTROLS = tuple(name for name, choose in DEFENCES.items() if choose is not None)
 
 
@@ -69,6 +73,41 @@ def with_values(
         config_hash=mask.config_hash,
         metrics={**mask.metrics, **metrics},
     )
+
+
+def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> list[FreezeMask]:
+    """The masks at `paths`; without any those of the run directory `out`, one for each mask seed.
+
+    Raises RaygardError if one cannot be read, was made for another model, or was not learned yet, and if `out` holds
+    the evaluation of others.
+    """
+    seeds = config.evaluation.mask_seeds
+    if not paths and not config.mask.learned and not config.values.enabled:
+        return [unlearned_mask(config, seed) for seed in seeds]
+    last = "values" if config.values.enabled else "learn"
+    learned = [out / last / f"seed-{seed}" / "mask" for seed in seeds]
+    missing = [seed for seed, path in zip(seeds, learned, strict=True) if not path.is_dir()]
+    if not paths and missing:
+        raise RaygardError(
+            f"{out} has no mask of seed {missing[0]}; give --mask, or learn it there first (raygard learn with the "
+            "same configuration)"
+        )
+    masks = [FreezeMask.load(path) for path in paths or learned]
+    for mask in masks:
+        # Values are loaded in place: each needs a model as it was released.
+        mask.apply(load_unet(config.model))
+    if paths:
+        _refuse_others(masks, out)
+    return masks
+
+
+def _refuse_others(masks: Sequence[FreezeMask], out: Path) -> None:
+    noted = RunDirectory.noted(out)
+    before = [noted["mask"]["sha256"]] if "mask" in noted else noted.get(GIVEN_MASKS, [])
+    if before and before != [mask.sha256 for mask in masks][: len(before)]:
+        raise RaygardError(
+            f"{out} holds the run of another mask ({before[0][:12]}), whose outcome would be lost; choose another --out"
+        )
 
 
 def _info(config: RunConfig, mask_seed: int, **changed: Any) -> dict[str, Any]:

@@ -19,9 +19,17 @@ import numpy as np
 
 from raygard.adaptation import get_adaptation
 from raygard.config import SCHEDULING, RunConfig, config_hash, flatten
-from raygard.defences import CONTROLS, make_mask, save_controls, seed_agreement, unlearned_mask, with_values
+from raygard.defences import (
+    CONTROLS,
+    GIVEN_MASKS,
+    make_mask,
+    save_controls,
+    seed_agreement,
+    unlearned_mask,
+    with_values,
+)
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import load_unet, model_fingerprint, with_resolution
+from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
@@ -208,9 +216,14 @@ class Flow:
 
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
+        self._refuse_given()
         masks = [self.learn(seed) for seed in self.config.evaluation.mask_seeds]
         self.release(masks)
         return masks
+
+    def _refuse_given(self) -> None:
+        if GIVEN_MASKS in self.dir.info and "mask" not in self.dir.info:
+            raise RaygardError(f"{self.dir.path} measures masks that were given to it (--mask); choose another --out")
 
     def release(self, masks: Sequence[FreezeMask]) -> None:
         """Save the first mask as `mask/`, and note how well the masks of all seeds agree."""
@@ -314,10 +327,17 @@ class Flow:
         self.parent.artifact(path, "report")
         return path
 
-    def evaluate_masks(self, masks: Sequence[FreezeMask]) -> dict[str, Any]:
-        """`evaluate` and `report` for masks that exist, one for each of `evaluation.mask_seeds`; the outcome."""
+    def evaluate_masks(self, masks: Sequence[FreezeMask], *, given: bool) -> dict[str, Any]:
+        """`evaluate` and `report` for masks that exist, one for each of `evaluation.mask_seeds`; the outcome.
+
+        given: they come from elsewhere, so this run does not release them.
+        """
         with self.parent:
-            self.release(masks)
+            if given:
+                self.dir.note(**{GIVEN_MASKS: [mask.sha256 for mask in masks]})
+            else:
+                self._refuse_given()
+                self.release(masks)
             outcome = self.evaluate(masks)
             self.report()
         return outcome
@@ -445,27 +465,6 @@ class Flow:
             if values:
                 self.parent.metrics(values, step=0)
         self.parent.artifact(self.dir / "outcome.json")
-
-
-def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> list[FreezeMask]:
-    """The masks at `paths`; without any those that the run directory `out` has learned, one for each mask seed.
-
-    Raises RaygardError if one cannot be read, was made for another model, or was not learned yet.
-    """
-    seeds = config.evaluation.mask_seeds
-    last = "values" if config.values.enabled else "learn"
-    learned = [out / last / f"seed-{seed}" / "mask" for seed in seeds]
-    missing = [seed for seed, path in zip(seeds, learned, strict=True) if not path.is_dir()]
-    if not paths and missing:
-        raise RaygardError(
-            f"{out} has no mask of seed {missing[0]}; give --mask, or learn it there first (raygard learn with the "
-            "same configuration)"
-        )
-    masks = [FreezeMask.load(path) for path in paths or learned]
-    shapes = {name: tuple(parameter.shape) for name, parameter in load_unet(config.model).named_parameters()}
-    for mask in masks:
-        mask.check_model(shapes)
-    return masks
 
 
 def refuse_if_unmeasurable(jobs: Sequence[Any], failures: Sequence[dict[str, Any]]) -> None:

@@ -76,6 +76,11 @@ class RunDirectory:
                     f"{folder}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
                 )
 
+    @staticmethod
+    def noted(path: str | Path) -> dict[str, Any]:
+        """What run.json of the run directory `path` says; nothing if there is none."""
+        return _read_json(Path(path) / "run.json") or {}
+
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
@@ -98,8 +103,7 @@ class RunDirectory:
                 self.note(seconds={**self.info.get("seconds", {}), name: seconds})
 
     def _read_info(self) -> dict[str, Any]:
-        found = _read_json(self.path / "run.json")
-        return found if found is not None else {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        return self.noted(self.path) or {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 @dataclass

@@ -69,8 +69,8 @@ class RunFiles:
 
     @cached_property
     def mask(self) -> dict[str, Any] | None:
-        """Manifest of the released mask."""
-        return self._json("mask/mask.json")
+        """Manifest of the released mask; where masks were given to be measured, of the first."""
+        return self._json("mask/mask.json") or self._json("evaluation/masks/freeze-0/mask.json")
 
     @cached_property
     def relearn(self) -> list[dict[str, Any]]:

@@ -330,10 +330,14 @@ def test_evaluate_measures_masks_that_exist(
     names = [name for name, _ in unet.named_parameters()]
     masks = [FreezeMask.create(unet, names[start::3]).save(tmp_path / f"mask-{start}") for start in (0, 1)]
     other = FreezeMask.create(nn.Linear(2, 2), ["bias"]).save(tmp_path / "other")
+    with torch.no_grad():
+        dict(unet.named_parameters())[names[0]].add_(1)
+    moved = FreezeMask.create(unet, names[:1]).save(tmp_path / "moved")
     settings = ["domain.illegal=[a]", "domain.legal=[b]", "domain.resolution=16", "tracking.enabled=false"]
     data, out = imagefolder({"a": 48, "b": 48}), tmp_path / "out"
     command = ["evaluate", "--model", tiny_sd, "--data", data, "--out", out, "--quiet", *settings]
     assert "made for another model" in refused(*command, "--mask", other) and not out.exists()
+    assert "does not have the values" in refused(*command, "--mask", moved) and not out.exists()
 
     seen: list[Any] = []
     monkeypatch.setattr("raygard.cluster.session.ray_session", nullcontext)
@@ -348,11 +352,21 @@ def test_evaluate_measures_masks_that_exist(
     ((used, given),) = seen
     assert used.evaluation.mask_seeds == (0, 1)
     assert [mask.sha256 for mask in given] == [FreezeMask.load(path).sha256 for path in masks]
-    assert FreezeMask.load(out / "mask").sha256 == given[0].sha256
-
+    assert not (out / "mask").exists(), "a mask that was given is not the run's"
+    two = [*command, "evaluation.mask_seeds=[0,1]"]
+    others = ("--mask", masks[1], "--mask", masks[0])
+    assert "holds the run of another mask" in refused(*command, *others)
     for seed in (0, 1):
         shutil.copytree(masks[seed], out / "learn" / f"seed-{seed}" / "mask")
-    code, _, err = raygard(*command, "evaluation.mask_seeds=[0,1]")
+    assert "measures masks that were given" in refused(*two)
+    two[two.index(out)] = learned = tmp_path / "learned"
+    shutil.copytree(out / "learn", learned / "learn")
+    shutil.copy(out / "config.yaml", learned)
+    code, _, err = raygard(*two)
+    assert FreezeMask.load(learned / "mask").sha256 == given[0].sha256
+    outcome = [*command[: command.index(out)], learned, *command[command.index(out) + 1 :]]
+    assert "holds the run of another mask" in refused(*outcome, *others)
+    assert FreezeMask.load(learned / "mask").sha256 == given[0].sha256
     assert code == 0 and [mask.sha256 for mask in seen[1][1]] == [mask.sha256 for mask in given], err
 
 

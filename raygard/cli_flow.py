@@ -1,0 +1,45 @@
+"""What the commands that run a flow share: the flow on a fit cluster, and what is printed of its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def open_flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compares: bool = False) -> Iterator[Any]:
+    """A flow on a cluster that can run it; the cluster is left again at the end."""
+    from raygard.cluster.doctor.examine import require_fit
+    from raygard.cluster.evaluation_pool import require_evaluation
+    from raygard.cluster.session import ray_session, require_resources
+    from raygard.compare_flow import CompareFlow
+    from raygard.flow import Flow
+    from raygard.progress import Progress
+
+    with ExitStack() as stack:
+
+        def connect() -> None:
+            stack.enter_context(ray_session())
+            require_resources(config.engine)
+            if evaluates:
+                require_evaluation(config.evaluation)
+            require_fit(config, out, "learn", *(["evaluate"] if evaluates else []))
+
+        yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
+
+
+def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
+    """The outcome's table, and where its files lie."""
+    from raygard.outcome import format_table
+
+    print(format_table(outcome))
+    print()
+    if (flow.dir / "mask").is_dir():
+        print(f"mask     {flow.dir / 'mask'}")
+    print(f"outcome  {flow.dir / 'outcome.json'}")
+    print(f"report   {flow.dir / 'report.html'}")
+    if flow.config.tracking.enabled:
+        uri = flow.config.tracking.tracking_uri or f"sqlite:///{flow.dir / 'mlflow.db'}"
+        print(f"MLflow   {uri}    (look: mlflow ui --backend-store-uri {uri})")
