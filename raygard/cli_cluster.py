@@ -32,7 +32,7 @@ AddressOption = Annotated[
 ]
 
 
-@cluster_app.command(context_settings={"ignore_unknown_options": True})
+@cluster_app.command()
 def submit(
     command: Annotated[list[str], typer.Argument(help="What to run there, after `--`.", metavar="-- python jobs/...")],
     address: AddressOption = None,

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
+from raygard.cli_cluster import cluster_app
 from raygard.cluster import package as packing
 from raygard.cluster import submit as submitting
 from raygard.cluster.address import cluster_address, is_dashboard, require_answer
@@ -131,6 +133,14 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(submitting, "OUTAGE_S", 0.0)
     with pytest.raises(RaygardError, match="may go on: ray job logs --follow id"):
         follow(FakeJob(LOG, [(3, OSError)] * 3), "id", lambda _: None)
+
+
+@pytest.mark.parametrize("typo", [("--adress", "http://x:1"), ("--working_dir", "x")])
+def test_a_misspelt_option_is_no_part_of_the_command(typo: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(submitting, "jobs_client", asked.append)
+    options = CliRunner().invoke(cluster_app, ["submit", *typo, "--", "python", "job.py"])
+    assert options.exit_code == ExitCode.BAD_INPUT and "No such option" in options.output and not asked
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
