@@ -32,19 +32,27 @@ def test_the_size_is_that_of_rays_own_package(tmp_path: Path, monkeypatch: pytes
     """Against the package that Ray makes of the same folder."""
     from zipfile import ZipFile
 
+    from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 
     monkeypatch.delenv(packing.NO_GITIGNORE, raising=False)
     folder = tmp_path / "work"
     write(folder, a=10, runs__b=100, deep__runs__c=1000, deep__keep=7, deep__skip=70, data__weights=5000, more=3)
+    for excluded in (".git", "deep/__pycache__", ".venv", "sub/venv"):
+        write(folder / excluded, file=10**6)
     (folder / ".rayignore").write_text("runs/\n/data\n*.log\n")
     (folder / ".gitignore").write_text("more\n")
     (folder / "deep" / ".rayignore").write_text("skip\n")
     found = measure_package(folder)
-    create_package(str(folder), tmp_path / "packed.zip", include_gitignore=True)
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(folder), tmp_path / "packed.zip", include_gitignore=True, excludes=excludes)
     files = [entry for entry in ZipFile(tmp_path / "packed.zip").infolist() if not entry.is_dir()]
     assert {entry.filename for entry in files} >= {"a", "deep/keep"}
     assert (found.num_files, found.size_bytes) == (len(files), sum(entry.file_size for entry in files))
+    assert found.size_bytes < 10**6
+    monkeypatch.setenv("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
+    assert measure_package(folder).size_bytes == found.size_bytes + 4 * 10**6
+    monkeypatch.delenv("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES")
     monkeypatch.setenv(packing.NO_GITIGNORE, "1")
     assert measure_package(folder).size_bytes == found.size_bytes + 3
 
