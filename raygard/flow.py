@@ -250,12 +250,13 @@ class Flow:
 
         pool: evaluation actors to use; None starts some and stops them.
         """
-        from raygard.cluster.evaluation import EvaluationPool, base_loss, run_jobs, save_result
+        from raygard.cluster.evaluation import EvaluationPool, run_jobs, save_result
 
         config = self.config
         folder = self.dir / "evaluation"
         inputs = self.evaluation_inputs(folder)
-        jobs = self._jobs(self._save_masks(folder / "masks", masks))
+        paths = self._save_masks(folder / "masks", masks)
+        jobs = self._jobs(paths)
         runs: dict[str, RunHandle] = {}
         failures: list[dict[str, Any]] = []
         with (
@@ -285,18 +286,28 @@ class Flow:
             raise RaygardError(
                 "a frozen tensor moved during an adaptation: this is a defect of raygard, please report it"
             )
-        losses: dict[str, float] = {}
-        if self.general_cache is not None:
-            # Where no values were edited, the release is the base.
-            own = base_loss(config, str(self.general_cache), inputs.store)
-            losses = dict.fromkeys(config.evaluation.defences, own)
-            after = [mask.metrics["base_loss_after"] for mask in masks if mask.values]
-            if after:
-                losses["freeze"] = float(np.mean(after))
+        losses = self._base_losses(masks, paths, inputs.store)
         outcome = build_outcome(results, config, losses)
         write_text(self.dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")
         self._track_outcome(outcome)
         return outcome
+
+    def _base_losses(
+        self, masks: Sequence[FreezeMask], paths: dict[tuple[str, int], str], store: str
+    ) -> dict[str, float]:
+        """The release's own loss under each defence: on pictures that no values were trained on, the same for all."""
+        from raygard.cluster.evaluation import base_loss
+
+        config, cache = self.config, self.general_cache
+        if cache is None:
+            return {}
+        kept = any(mask.values for mask in masks)
+        # Where no values were edited, the release is the base.
+        losses = dict.fromkeys(config.evaluation.defences, base_loss(config, str(cache), store, kept=kept))
+        if kept:
+            own = [Path(path) for (defence, _), path in paths.items() if defence == "freeze"]
+            losses["freeze"] = float(np.mean([base_loss(config, str(cache), store, mask, kept=True) for mask in own]))
+        return losses
 
     def evaluation_inputs(self, folder: Path, milestones: tuple[int, ...] = ()) -> Any:
         """Caches and references of the half that evaluation reads, for `run_jobs`.

@@ -332,30 +332,39 @@ class _Run:
             self.on_result(result)
 
 
-def base_loss(config: RunConfig, cache: str, store: str, mask: Path | None = None, edit: str | None = None) -> float:
+def base_loss(
+    config: RunConfig,
+    cache: str,
+    store: str,
+    mask: Path | None = None,
+    edit: str | None = None,
+    *,
+    kept: bool = False,
+) -> float:
     """The release's own held-out loss on the general classes, from the store or from a task.
 
     cache: their latents. mask: a mask whose values the release carries. edit: file of an edit of the released values,
-    which comes before the mask. Paths are on shared storage. Raises RaygardError with the reason when the task has
+    which comes before the mask. kept: look only at the pictures that training values leaves out, also where this run
+    trains none. Paths are on shared storage. Raises RaygardError with the reason when the task has
     failed `evaluation.max_attempts` times, or by a user's mistake.
     """
     import ray
 
-    content = base_loss_content(config, cache, None if mask is None else FreezeMask.load(mask), edit)
+    content = base_loss_content(config, cache, None if mask is None else FreezeMask.load(mask), edit, kept=kept)
     where = None if mask is None else str(mask)
-    key, kept = content_key(content), Store(Path(store))
-    loss, attempts = kept.base_loss(key), 0
+    key, known = content_key(content), Store(Path(store))
+    loss, attempts = known.base_loss(key), 0
     while loss is None:
         attempts += 1
         try:
             task = remote_task(base_loss_task, config)
-            loss = float(ray.get(task.remote(config.model_dump(mode="json"), cache, where, edit)))
+            loss = float(ray.get(task.remote(config.model_dump(mode="json"), cache, where, edit, kept)))
         except ray.exceptions.RayError as error:
             if user_mistake(error) is not None or attempts >= config.evaluation.max_attempts:
                 raise RaygardError(f"the release's own loss on general classes: {reason(error)}") from None
             continue
-        kept.describe(key, content)
-        kept.write_base_loss(key, loss)
+        known.describe(key, content)
+        known.write_base_loss(key, loss)
     return loss
 
 

@@ -215,9 +215,11 @@ def _paused(adaptation: Adaptation) -> dict[str, Any] | None:
     return found if wanted <= dict(found["milestones"]).keys() else None
 
 
-def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = None, edit: str | None = None) -> float:
-    """The release's own loss on the general classes' captions, on fixed noise; where values are trained, on the
-    pictures kept from that training.
+def base_loss_task(
+    config_dict: dict[str, Any], cache: str, mask: str | None = None, edit: str | None = None, kept: bool = False
+) -> float:
+    """The release's own loss on the general classes' captions, on fixed noise; where values are trained, or with
+    `kept`, on the pictures kept from that training.
 
     mask: folder of the mask whose values the release carries. edit: file of an edit of its values, before the mask.
     """
@@ -231,7 +233,7 @@ def base_loss_task(config_dict: dict[str, Any], cache: str, mask: str | None = N
         FreezeMask.load(mask).apply(unet)
     unet = unet.to(device_for(config.evaluation.gpus_per_job)).eval()
     rows, batch = load_cache(Path(cache)), config.generation.batch_size
-    if config.values.enabled:
+    if config.values.enabled or kept:
         rows = rows.subset(general_rows(rows, config.domain.general)[1])
     return held_out_loss(unet, rows, loss, config.seed, batch, BASE_LOSS_DRAWS)
 

@@ -110,16 +110,16 @@ def held_out_key(cls: str, inputs: EvaluationInputs, config: RunConfig) -> str |
 
 
 def base_loss_content(
-    config: RunConfig, cache: str, mask: FreezeMask | None = None, edit: str | None = None
+    config: RunConfig, cache: str, mask: FreezeMask | None = None, edit: str | None = None, *, kept: bool = False
 ) -> dict[str, Any]:
     """Everything that decides the release's own loss on the general classes. Raises RaygardError as `job_content`.
 
-    mask: one whose values the release carries. edit: file of an edit of the released values.
+    mask: one whose values the release carries. edit: file of an edit of the released values. kept: as for `base_loss`.
     """
     content: dict[str, Any] = {} if mask is None else {"mask": mask.sha256}
     if edit is not None:
         content["edit"] = edit_hash(edit)
-    if config.values.enabled:
+    if config.values.enabled or kept:
         content["kept"] = KEPT_FRACTION
     return {
         **content,

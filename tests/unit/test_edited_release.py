@@ -84,6 +84,10 @@ def test_the_loss_on_general_classes_is_the_edited_releases(bench: Bench, edit: 
     dumped = config.model_dump(mode="json")
     assert base_loss_task(dumped, str(cache), edit=str(edit)) != base_loss_task(dumped, str(cache))
     assert base_loss_content(config, str(cache), edit=str(edit)) != base_loss_content(config, str(cache))
+    # A run that trains no values may measure a mask which carries some: on pictures kept as training them would.
+    with pytest.raises(RaygardError, match="one to keep"):
+        base_loss_task(dumped, str(cache), kept=True)
+    assert base_loss_content(config, str(cache), kept=True) != base_loss_content(config, str(cache))
 
 
 def test_the_store_tells_edits_apart_by_what_they_hold(bench: Bench, edit: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.domain import load_domain
 from raygard.errors import RaygardError
+from raygard.flow import Flow
 from raygard.mask import FreezeMask
 from raygard.values import NUM_BINS, Objective, Plan, ValuesSource, general_rows, release_errors, train_values
 from raygard.values.batches import further_captions
@@ -258,6 +262,29 @@ def test_training_moves_frozen_values_only_and_tells_roles_apart(tiny_model, tmp
     original = {name: p.detach() for name, p in released.items()}
     assert saved.audit(original, state).ok
     assert not saved.audit(original, original).ok
+
+
+def test_a_given_masks_values_are_measured_whatever_its_metrics_say(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_model.pretrained_model_name_or_path}"])
+    unet = load_unet(tiny_model)
+    names = [name for name, _ in unet.named_parameters()]
+    values = {names[0]: torch.zeros_like(dict(unet.named_parameters())[names[0]])}
+    plain, valued = FreezeMask.create(unet, names[1:2]), FreezeMask.create(unet, names[:1], values=values)
+    paths = {("freeze", seed): str(valued.save(tmp_path / f"freeze-{seed}")) for seed in (0, 1)}
+    asked: list[tuple[Path | None, bool]] = []
+
+    def base_loss(config, cache, store, mask=None, edit=None, *, kept=False) -> float:
+        asked.append((mask, kept))
+        return 1.0 if mask is None else 2.0 + int(mask.name[-1])
+
+    monkeypatch.setattr("raygard.cluster.evaluation.base_loss", base_loss)
+    flow: Any = SimpleNamespace(config=config, general_cache=tmp_path)
+    losses = Flow._base_losses(flow, [valued, valued], paths, "store")
+    assert losses == {**dict.fromkeys(config.evaluation.defences, 1.0), "freeze": 2.5}
+    assert len(asked) == 3 and all(kept for _, kept in asked), "every defence on the same pictures"
+    assert set(Flow._base_losses(flow, [plain], paths, "store").values()) == {1.0} and asked[3:] == [(None, False)]
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tiny_model) -> None:
