@@ -257,7 +257,7 @@ def evaluate(
     seeds = [f"evaluation.mask_seeds={list(range(len(mask)))}"] if mask else []
     run_config = _config(config, [*(overrides or []), *seeds], model, data)
     masks = masks_to_evaluate(run_config, mask or (), out)
-    with _flow(run_config, out, quiet) as flow:
+    with _flow(run_config, out, quiet, learns=False) as flow:
         outcome = flow.evaluate_masks(masks, given=bool(mask))
     _print_outcome(flow, outcome)
 

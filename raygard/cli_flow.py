@@ -9,8 +9,14 @@ from typing import Any
 
 
 @contextmanager
-def open_flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, compares: bool = False) -> Iterator[Any]:
-    """A flow on a cluster that can run it; the cluster is left again at the end."""
+def open_flow(
+    config: Any, out: Path, quiet: bool, *, learns: bool = True, evaluates: bool = True, compares: bool = False
+) -> Iterator[Any]:
+    """A flow on a cluster that can run it; the cluster is left again at the end.
+
+    learns: not only for a control that looks at what relearning changed, which needs learning's workers as well.
+    """
+    from raygard.baselines import NEED_RELEARNED
     from raygard.cluster.doctor.examine import require_fit
     from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources
@@ -22,10 +28,12 @@ def open_flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, co
 
         def connect() -> None:
             stack.enter_context(ray_session())
-            require_resources(config.engine)
+            relearns = learns or any(name in NEED_RELEARNED for name in config.evaluation.defences)
+            if relearns:
+                require_resources(config.engine)
             if evaluates:
                 require_evaluation(config.evaluation)
-            require_fit(config, out, "learn", *(["evaluate"] if evaluates else []))
+            require_fit(config, out, *["learn"] * relearns, *["evaluate"] * evaluates)
 
         yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
 
@@ -33,6 +41,7 @@ def open_flow(config: Any, out: Path, quiet: bool, *, evaluates: bool = True, co
 def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
     """The outcome's table, and where its files lie."""
     from raygard.outcome import format_table
+    from raygard.tracking import redact
 
     print(format_table(outcome))
     print()
@@ -41,5 +50,5 @@ def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
     print(f"outcome  {flow.dir / 'outcome.json'}")
     print(f"report   {flow.dir / 'report.html'}")
     if flow.config.tracking.enabled:
-        uri = flow.config.tracking.tracking_uri or f"sqlite:///{flow.dir / 'mlflow.db'}"
+        uri = redact(flow.config.tracking.tracking_uri or f"sqlite:///{flow.dir / 'mlflow.db'}")
         print(f"MLflow   {uri}    (look: mlflow ui --backend-store-uri {uri})")

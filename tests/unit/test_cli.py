@@ -18,6 +18,7 @@ from torch import nn
 
 import raygard as package
 from raygard import cli
+from raygard.cli_flow import open_flow
 from raygard.config_file import load_config
 from raygard.errors import ExitCode
 from raygard.mask import FreezeMask
@@ -378,3 +379,20 @@ def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("defences", "learns", "needed"),
+    [("[none,freeze]", True, True), ("[none,freeze]", False, False), ("[none,busy-layer]", False, True)],
+)
+def test_learnings_workers_are_asked_for_only_where_something_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defences: str, learns: bool, needed: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("raygard.cluster.session.ray_session", nullcontext)
+    monkeypatch.setattr("raygard.cluster.session.require_resources", lambda engine: asked.append("workers"))
+    monkeypatch.setattr("raygard.cluster.evaluation_pool.require_evaluation", lambda evaluation: None)
+    monkeypatch.setattr("raygard.cluster.doctor.examine.require_fit", lambda config, out, *stages: asked.extend(stages))
+    config = load_config(None, ["domain.illegal=[Noto Line]", f"evaluation.defences={defences}"])
+    with open_flow(config, tmp_path / "out", True, learns=learns):
+        assert ("workers" in asked, "learn" in asked, "evaluate" in asked) == (needed, needed, True)
