@@ -395,15 +395,18 @@ def config_hash(config: RunConfig) -> str:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """Return `{'mask.freeze_ratio': 0.3, ...}`, lists as comma-separated strings."""
+    """Return `{'mask.freeze_ratio': 0.3, ...}`, lists as comma-separated strings, mappings in them as sorted JSON."""
     flat: dict[str, Any] = {}
+
+    def text(item: Any) -> str:
+        return json.dumps(item, sort_keys=True) if isinstance(item, dict) else str(item)
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, item)
         else:
-            flat[prefix] = ",".join(map(str, value)) if isinstance(value, list) else value
+            flat[prefix] = ",".join(map(text, value)) if isinstance(value, list) else value
 
     walk("", config.model_dump(mode="json"))
     return flat

@@ -243,3 +243,12 @@ def test_a_resumed_run_may_be_scheduled_and_tracked_otherwise(override: str) -> 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().mask.freeze_ratio = 0.5
+
+
+def test_the_order_in_which_a_mapping_was_written_is_no_difference(tmp_path: Path) -> None:
+    runs = []
+    for number, entry in enumerate(("{name: a, method: full, times: 2}", "{times: 2, method: full, name: a}")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(f"domain: {{illegal: [Noto Line]}}\ncompare: {{adaptations: [{entry}]}}\n")
+        runs.append(load_config(file, []))
+    assert flatten(runs[0]) == flatten(runs[1]) and config_hash(runs[0]) == config_hash(runs[1])
