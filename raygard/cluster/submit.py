@@ -21,6 +21,8 @@ from raygard.errors import ExitCode, RaygardError
 RETRY_S = 2.0
 # A dashboard that is restarted, or a tunnel that is opened again, is back sooner; the job does not notice either.
 OUTAGE_S = 300.0
+# The agent that starts jobs comes up later than the dashboard that takes them, on a busy machine by a minute.
+AGENT_S, NO_AGENT = 120.0, "No available agent"
 # `Flow` logs this line when its MLflow run exists.
 MLFLOW_LINE = re.compile(r"^INFO MLflow run (\S.*?)\s*$", re.MULTILINE)
 
@@ -84,14 +86,21 @@ def submit(
     """
     package = require_uploadable(working_dir)
     log.info("uploading %d files, %.1f MiB", package.num_files, package.size_bytes / MIB)
-    return str(
-        client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(working_dir.resolve())},
-            entrypoint_num_cpus=num_cpus,
-            entrypoint_num_gpus=num_gpus,
-        )
-    )
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=shlex.join(command),
+                    runtime_env={"working_dir": str(working_dir.resolve())},
+                    entrypoint_num_cpus=num_cpus,
+                    entrypoint_num_gpus=num_gpus,
+                )
+            )
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_S)
 
 
 def follow(client: Any, job_id: str, write: Callable[[str], None]) -> Followed:

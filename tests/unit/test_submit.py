@@ -168,3 +168,21 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         jobs_client("http://127.0.0.1:1"),
     ):
         pass
+
+
+def test_a_cluster_whose_agent_is_not_up_yet_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        asked = 0
+
+        def submit_job(self, **job: object) -> str:
+            self.asked += 1
+            if self.asked < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+            return "job"
+
+    monkeypatch.setattr("raygard.cluster.submit.RETRY_S", 0.0)
+    client = Client()
+    assert submitting.submit(client, ["python", "job.py"], tmp_path) == "job" and client.asked == 3
+    monkeypatch.setattr("raygard.cluster.submit.AGENT_S", -1.0)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        submitting.submit(Client(), ["python", "job.py"], tmp_path)
