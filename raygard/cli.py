@@ -17,8 +17,7 @@ import typer
 
 import raygard
 from raygard.cli_cluster import cluster_app
-from raygard.cli_flow import open_flow as _flow
-from raygard.cli_flow import print_outcome as _print_outcome
+from raygard.cli_flow import open_flow, print_outcome
 from raygard.cli_options import (
     ConfigOption,
     DataOption,
@@ -29,8 +28,8 @@ from raygard.cli_options import (
     QuietOption,
     StageOption,
     WorkersOption,
+    resolve_config,
 )
-from raygard.cli_options import resolve_config as _config
 from raygard.errors import ExitCode, RaygardError
 
 app = typer.Typer(
@@ -71,13 +70,13 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """The whole flow with your own configuration: learn, adapt every class, score, report."""
-    _run(_config(config, overrides, model, data, workers, zero_stage), out, quiet)
+    _run(resolve_config(config, overrides, model, data, workers, zero_stage), out, quiet)
 
 
 def _run(config: Any, out: Path, quiet: bool) -> None:
-    with _flow(config, out, quiet) as flow:
+    with open_flow(config, out, quiet) as flow:
         outcome = flow.run()
-    _print_outcome(flow, outcome)
+    print_outcome(flow, outcome)
 
 
 @app.command()
@@ -96,7 +95,8 @@ def compare(
     Writes matrix.csv, one line for each user, which names unfinished and impossible cells as such, and tables with
     95 % intervals. A comparison that was cut off goes on when the same command is given again.
     """
-    with _flow(_config(config, overrides, model, data, workers, zero_stage), out, quiet, compares=True) as flow:
+    run_config = resolve_config(config, overrides, model, data, workers, zero_stage)
+    with open_flow(run_config, out, quiet, compares=True) as flow:
         flow.run()
     print(flow.text())
     for what, name in (("matrix", "matrix.csv"), ("tables", "tables.md"), ("report", "compare.html")):
@@ -156,7 +156,7 @@ def search(
     from raygard.search_flow import SearchFlow, search_folders, write_domains
 
     files: list[Path | None] = [*config] if config else [None]
-    configs = [_config(path, overrides, model, data, workers, zero_stage) for path in files]
+    configs = [resolve_config(path, overrides, model, data, workers, zero_stage) for path in files]
     folders = search_folders(configs, out)
     done: list[tuple[dict[str, Any], dict[str, Any]]] = []
     failed: list[str] = []
@@ -207,8 +207,8 @@ def learn(
     as_json: JsonOption = False,
 ) -> None:
     """Learn a freeze mask and save it as OUT/mask."""
-    run_config = _config(config, overrides, model, data, workers, zero_stage)
-    with _flow(run_config, out, quiet, evaluates=False) as flow, flow.parent:
+    run_config = resolve_config(config, overrides, model, data, workers, zero_stage)
+    with open_flow(run_config, out, quiet, evaluates=False) as flow, flow.parent:
         mask = flow.learn_all()[0]
     facts = {
         "mask": str(flow.dir / "mask"),
@@ -255,11 +255,11 @@ def evaluate(
     from raygard.defences import masks_to_evaluate
 
     seeds = [f"evaluation.mask_seeds={list(range(len(mask)))}"] if mask else []
-    run_config = _config(config, [*(overrides or []), *seeds], model, data)
+    run_config = resolve_config(config, [*(overrides or []), *seeds], model, data)
     masks = masks_to_evaluate(run_config, mask or (), out)
-    with _flow(run_config, out, quiet, learns=False) as flow:
+    with open_flow(run_config, out, quiet, learns=False) as flow:
         outcome = flow.evaluate_masks(masks, given=bool(mask))
-    _print_outcome(flow, outcome)
+    print_outcome(flow, outcome)
 
 
 @app.command()
@@ -286,7 +286,7 @@ def adapt(
     from raygard.user import adapt_model
 
     chosen = [f"adapt.method={json.dumps(method)}"] if method is not None else []
-    run_config = _config(config, [*chosen, *(overrides or [])], model)
+    run_config = resolve_config(config, [*chosen, *(overrides or [])], model)
     facts = adapt_model(run_config, data, tuple(cls or ()), mask, out, seed, quiet)
     if facts is not None:
         print(f"trained {facts['trainable_params']} parameters in {facts['seconds']:.0f} s; saved {out}")
@@ -405,7 +405,7 @@ def config(
     if reference:
         print(reference_markdown(), end="")
     else:
-        print(yaml.safe_dump(_config(config, overrides).model_dump(mode="json"), sort_keys=False), end="")
+        print(yaml.safe_dump(resolve_config(config, overrides).model_dump(mode="json"), sort_keys=False), end="")
 
 
 @app.command()

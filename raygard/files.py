@@ -115,3 +115,8 @@ def _flush(path: Path) -> None:
     # Without this a machine that loses power may keep the new name and not the content.
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -29,7 +29,7 @@ import raygard
 from raygard.config import RunConfig, config_hash, decides, flatten
 from raygard.config_file import UNREADABLE
 from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors, write_text
+from raygard.files import existing_folder, readable_disk_errors, write_text
 
 SUCCESS, INPUTS, CONFIG, LOCK = "_SUCCESS.json", "_inputs.json", "config.yaml", ".lock"
 VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
@@ -70,7 +70,7 @@ class RunDirectory:
                 _refuse_other_config(folder / CONFIG, config)
             elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
                 raise RaygardError(f"{folder} is not empty and is not a raygard run; choose another --out")
-            free = shutil.disk_usage(_existing(folder)).free
+            free = shutil.disk_usage(existing_folder(folder)).free
             if free < MIN_FREE_BYTES:
                 raise RaygardError(
                     f"{folder}: only {free // 2**20} MiB free, a run needs at least {MIN_FREE_BYTES // 2**20} MiB"
@@ -200,10 +200,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _versions() -> dict[str, str]:

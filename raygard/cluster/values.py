@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raygard.bilevel.alternation import DenoiserLoss
-from raygard.cluster.engine import Checkpointed, all_reduce_sum, cpu_environment, deepspeed_config, initialize
+from raygard.cluster.engine import Checkpointed, all_reduce_sum, deepspeed_config, initialize
 from raygard.cluster.training import OnRow, fit
-from raygard.cluster.worker import RELEARN_STEPS_PER_UNIT, History, resume, save_tensors
+from raygard.cluster.worker import RELEARN_STEPS_PER_UNIT, History, begin, resume, save_tensors
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.loss import DiffusionLoss
@@ -57,12 +57,7 @@ def values_worker(job: dict[str, Any]) -> None:
     """
     import ray.train
 
-    config = RunConfig.model_validate(job["config"])
-    torch.set_num_threads(config.engine.torch_threads)
-    if not config.engine.use_gpu:
-        cpu_environment()
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config, rank, world_size = begin(job)
     out = Path(job["out"])
 
     unet = load_unet(config.model)

@@ -43,12 +43,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """
     import ray.train
 
-    config = RunConfig.model_validate(job["config"])
-    torch.set_num_threads(config.engine.torch_threads)
-    if not config.engine.use_gpu:
-        cpu_environment()
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config, rank, world_size = begin(job)
     relearning = job["stage"] == "relearn"
     out = Path(job["out"])
 
@@ -157,6 +152,18 @@ def make_schedule(config: RunConfig, relearning: bool, rank: int, world_size: in
     inner, rounds = (1, config.relearn.max_train_steps) if relearning else (b.inner_steps, b.publisher_steps)
     weights = b.illegal_weight, b.legal_weight
     return Schedule(inner, rounds, *weights, b.gradient_accumulation_steps, rank, world_size)
+
+
+def begin(job: dict[str, Any]) -> tuple[RunConfig, int, int]:
+    """Make this Ray Train worker's process ready; `job`'s configuration, rank and world size."""
+    import ray.train
+
+    config = RunConfig.model_validate(job["config"])
+    torch.set_num_threads(config.engine.torch_threads)
+    if not config.engine.use_gpu:
+        cpu_environment()
+    context = ray.train.get_context()
+    return config, context.get_world_rank(), context.get_world_size()
 
 
 def resume(training: Checkpointed, checkpoint: Any, rank: int, world_size: int) -> int:

@@ -18,7 +18,6 @@ from raygard.diffusion.loss import draw
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 from raygard.values.names import meaningless_captions
-from raygard.values.objective import GENERAL, ILLEGAL, LEGAL
 
 # Share of the batch of each role, in quarters, in the order of ROLES.
 QUARTERS = (1, 2, 1)
@@ -172,6 +171,3 @@ def _named(data: LatentSet, cls: str, count: int, seed: int) -> Pictures:
     captions = [data.captions[row] for row in rows.tolist()]
     names = [captions, *meaningless_captions(captions, cls, count, seed)]
     return Pictures(rows, torch.tensor([[position[caption] for caption in own] for own in names]))
-
-
-__all__ = ["GENERAL", "ILLEGAL", "LEGAL", "Batch", "Pictures", "ValuesSource", "further_captions", "general_rows"]

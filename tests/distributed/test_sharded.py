@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from raygard.bilevel.segments import assemble
 from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
 from raygard.domain import load_domain
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -56,20 +55,7 @@ def results(root: Path) -> dict[int, list[dict[str, dict]]]:
     """Run every plan once; `results[world][rank][name]`."""
     found = {}
     for world, plan in PLANS.items():
-        store = root / f"store-{world}"
-        command = [sys.executable, str(WORKER)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), str(store), str(root), ",".join(plan), str(root)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
-        # The ranks wait for each other, so no pipe may fill while another is read.
-        with ThreadPoolExecutor(world) as pool:
-            outputs = list(pool.map(lambda process: process.communicate(timeout=600)[0], ranks))
-        failed = [f"rank {rank}:\n{outputs[rank][-2500:]}" for rank in range(world) if ranks[rank].returncode]
-        assert not failed, "\n".join(failed)
+        run_ranks(WORKER, world, root / f"store-{world}", root, ",".join(plan), root)
         files = [root / f"world{world}-rank{rank}.pt" for rank in range(world)]
         found[world] = [torch.load(file, weights_only=False) for file in files]
     return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from raygard.diffusion.cache import build_cache
 from raygard.domain import load_domain
 from raygard.values.batches import further_captions
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -53,19 +52,7 @@ def results(root: Path) -> dict[int, list[dict[str, dict]]]:
     """Run every plan once; `results[world][rank][name]`."""
     found = {}
     for world, plan in PLANS.items():
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(rank), str(world), str(root / f"store-{world}"), str(root),
-                 ",".join(plan)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
-        # The ranks wait for each other, so no pipe may fill while another is read.
-        with ThreadPoolExecutor(world) as pool:
-            outputs = list(pool.map(lambda process: process.communicate(timeout=600)[0], ranks))
-        failed = [f"rank {rank}:\n{outputs[rank][-2500:]}" for rank in range(world) if ranks[rank].returncode]
-        assert not failed, "\n".join(failed)
+        run_ranks(WORKER, world, root / f"store-{world}", root, ",".join(plan))
         found[world] = [torch.load(root / f"world{world}-rank{rank}.pt") for rank in range(world)]
     return found
 

@@ -346,7 +346,7 @@ def test_evaluate_measures_masks_that_exist(
     monkeypatch.setattr("raygard.cluster.evaluation_pool.require_evaluation", lambda _: None)
     monkeypatch.setattr(Flow, "evaluate", lambda self, given: seen.append((self.config, given)) or {})
     monkeypatch.setattr(Flow, "report", lambda self: None)
-    monkeypatch.setattr(cli, "_print_outcome", lambda flow, outcome: None)
+    monkeypatch.setattr(cli, "print_outcome", lambda flow, outcome: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code, _, err = raygard(*command, "--mask", masks[0], "--mask", masks[1])
     assert code == 0, err

@@ -17,7 +17,7 @@ from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.doctor import node as on_node
 from raygard.cluster.doctor.checks import STAGES, Check, Facts, NodeFacts, all_green, judge
 from raygard.cluster.doctor.examine import examine, read_checks, report_json, require_fit
-from raygard.cluster.doctor.facts import existing_folder, worker_memory
+from raygard.cluster.doctor.facts import worker_memory
 from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
 from raygard.cluster.doctor.node import Listing
 from raygard.config import ModelConfig
@@ -25,6 +25,7 @@ from raygard.config_file import load_config
 from raygard.diffusion.model import load_unet
 from raygard.diffusion.shape import denoiser_config, measure_denoiser
 from raygard.errors import ExitCode, RaygardError, UnfitClusterError
+from raygard.files import existing_folder
 
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0"}
 

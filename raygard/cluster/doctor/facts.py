@@ -12,6 +12,7 @@ from raygard.cluster.doctor.checks import Facts, NodeFacts, fit_or_reason
 from raygard.cluster.doctor.memory import estimate_memory
 from raygard.cluster.doctor.node import Listing, list_data, look_around, remove_markers, unseen_markers, versions
 from raygard.config import RunConfig
+from raygard.files import existing_folder
 from raygard.tracking_store import store_trouble
 
 # A node that starts its first worker process imports Ray and raygard from a cold disk.
@@ -77,11 +78,6 @@ def worker_memory(config: RunConfig) -> dict[str, int]:
         saved_elements=shape.saved_elements,
         host=not engine.use_gpu,
     )
-
-
-def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _on_each(
