@@ -23,6 +23,8 @@ RETRY_S = 2.0
 OUTAGE_S = 300.0
 # The agent that starts jobs comes up later than the dashboard that takes them, on a busy machine by a minute.
 AGENT_S, NO_AGENT = 120.0, "No available agent"
+# What Ray's client says where a head that was restarted has forgotten its jobs.
+UNKNOWN_JOB = "status code 404"
 # `Flow` logs this line when its MLflow run exists.
 MLFLOW_LINE = re.compile(r"^INFO MLflow run (\S.*?)\s*$", re.MULTILINE)
 
@@ -106,7 +108,8 @@ def submit(
 def follow(client: Any, job_id: str, write: Callable[[str], None]) -> Followed:
     """Hand the job's log to `write` as it comes, until the job ends; a lost connection is taken up again.
 
-    Ctrl-C ends the following, not the job. Raises RaygardError if the cluster cannot be reached for OUTAGE_S seconds.
+    Ctrl-C ends the following, not the job. Raises RaygardError if the cluster cannot be reached for OUTAGE_S seconds or
+    no longer knows the job, and if the log cannot be written.
     """
     found, tail = Followed(job_id), _Tail(client, job_id, write)
     try:
@@ -153,6 +156,11 @@ class _Tail:
                     self._show(self.client.get_job_logs(self.job_id)[len(self.text) :])
                     return details
             except (OSError, RuntimeError, ClientError) as error:
+                if UNKNOWN_JOB in str(error):
+                    raise RaygardError(
+                        f"the cluster does not know job {self.job_id} any more (was its head restarted?); submit it "
+                        "again: what it has finished is in its run directory"
+                    ) from None
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > OUTAGE_S:
                     raise RaygardError(
@@ -168,9 +176,17 @@ class _Tail:
             skip = max(0, skip - len(chunk))
 
     def _show(self, text: str) -> None:
-        if text:
-            self.text += text
+        if not text:
+            return
+        self.text += text
+        try:
             self.write(text)
+        except OSError as error:
+            # Not to be taken for a connection to the cluster that broke.
+            raise RaygardError(
+                f"the job's log cannot be written here ({error.strerror or error}); the job goes on: "
+                f"ray job logs --follow {self.job_id}"
+            ) from None
 
 
 def _first_line(error: object) -> str:

@@ -37,10 +37,12 @@ def learn_values(
     """Train the values of the tensors `frozen`; return them by name, float32.
 
     cache: latents of the parts that stage "values" reads, and all captions. Runs `config.engine` workers in Ray Train;
-    resumes a run that was cut off in the same folder. Raises RaygardError for values that are not finite.
+    resumes a run that was cut off in the same folder, and trains nothing where it had come to its end. Raises
+    RaygardError for values that are not finite.
     """
-    job = {"cache": str(cache), "frozen": list(frozen), "out": str(out), "mask_seed": mask_seed}
-    fit(config, values_worker, job, out, on_row)
+    if not (out / RESULT).exists():
+        job = {"cache": str(cache), "frozen": list(frozen), "out": str(out), "mask_seed": mask_seed}
+        fit(config, values_worker, job, out, on_row)
     values = load_file(str(out / RESULT))
     shutil.rmtree(out / "ray", ignore_errors=True)
     for name, value in values.items():

@@ -93,3 +93,14 @@ def test_a_finished_stage_is_not_run_again(config: RunConfig, finished: Path, mo
     monkeypatch.setattr(values, "learn_values", never)
     mask = Flow(config, finished).learn(0)
     assert mask.sha256 == FreezeMask.load(finished / "mask").sha256
+
+
+def test_a_stage_cut_off_after_its_training_does_not_train_again(
+    config: RunConfig, finished: Path, monkeypatch
+) -> None:
+    from raygard.cluster import values
+
+    before = FreezeMask.load(finished / "mask").sha256
+    (finished / "values" / "seed-0" / "_SUCCESS.json").unlink()
+    monkeypatch.setattr(values, "fit", lambda *_: pytest.fail("trained again"))
+    assert Flow(config, finished).learn(0).sha256 == before

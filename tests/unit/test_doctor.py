@@ -148,6 +148,7 @@ def test_long_jobs_are_refused_with_every_line_that_ends_them(
     assert refused.value.exit_code == ExitCode.UNFIT_CLUSTER and "\n" not in str(refused.value)
     require_fit(load_config(None, ["engine.check_cluster=false"]), tmp_path)
     monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:8265")
     require_fit(load_config(None), tmp_path)
 
 

@@ -143,6 +143,24 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) 
         follow(FakeJob(LOG, [(3, OSError)] * 3), "id", lambda _: None)
 
 
+def test_a_job_the_cluster_has_forgotten_is_not_waited_for() -> None:
+    class Forgotten(FakeJob):
+        def get_job_info(self, _: str) -> Any:
+            raise RuntimeError("Request failed with status code 404: Job id does not exist")
+
+    job = Forgotten(LOG, [(3, None)])
+    with pytest.raises(RaygardError, match="does not know job id any more"):
+        follow(job, "id", lambda _: None)
+
+
+def test_a_closed_pipe_is_no_lost_connection() -> None:
+    def write(_: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(RaygardError, match=r"cannot be written here \(Broken pipe\); the job goes on"):
+        follow(FakeJob(LOG, [(70, None), (0, None)]), "id", write)
+
+
 @pytest.mark.parametrize("typo", [("--adress", "http://x:1"), ("--working_dir", "x")])
 def test_a_misspelt_option_is_no_part_of_the_command(typo: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from raygard.cluster.address import TOKEN_HELP, cluster_address
+from raygard.cluster.address import TOKEN_HELP
 from raygard.cluster.doctor.checks import Check, all_green, check_data, judge
 from raygard.cluster.doctor.facts import collect
 from raygard.cluster.doctor.node import list_data
@@ -77,8 +78,9 @@ def require_fit(config: RunConfig, out: str | Path, *stages: str) -> None:
     connected. Does nothing on a private cluster, which has only the machine it runs on, or without
     `engine.check_cluster`.
     """
-    address = cluster_address(None)
-    if address is None or not config.engine.check_cluster:
+    # RAY_API_SERVER_ADDRESS is where jobs are submitted to; a driver joins the cluster of RAY_ADDRESS alone.
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or not config.engine.check_cluster:
         return
     red = [check for check in judge(config, collect(config, out, address), stages) if not check.ok]
     fatal = " | ".join(_red(check) for check in red if check.fatal)
