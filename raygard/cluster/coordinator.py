@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,12 +157,12 @@ class Coordinator:
     async def _score(
         self, measurement: Measurement, span: tuple[int, int], drawn: asyncio.Future[Any] | None
     ) -> dict[str, Any]:
+        request = ScoreRequest(measurement.cls, measurement.references, measurement.captions[slice(*span)])
         if drawn is None:
             saved = str(Store(Path(measurement.store)).pictures_file(measurement.key))
-            request = ScoreRequest(measurement.cls, measurement.references, saved, span)
+            request = replace(request, saved=saved, rows=span)
             facts, pictures, drawing = {}, None, 0
         else:
-            request = ScoreRequest(measurement.cls, measurement.references)
             facts, pictures, drawing = await drawn
 
         async def item(actor: Any) -> Any:

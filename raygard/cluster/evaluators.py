@@ -34,7 +34,7 @@ from raygard.errors import RaygardError
 from raygard.files import read_array
 from raygard.mask import FreezeMask
 from raygard.mask.audit import audit_states
-from raygard.scoring import face_detection, get_scorer
+from raygard.scoring import embed_references, face_detection, get_scorer
 from raygard.store import Store, read_pictures
 from raygard.values.batches import general_rows
 
@@ -300,10 +300,12 @@ class GeneratorActor:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """rows: half-open range of the saved pictures; None if the pictures themselves are sent along."""
+    """captions: of the pictures, in order. saved: file of saved pictures, rows: half-open range of those in it; None if
+    the pictures themselves are sent along."""
 
     cls: str
     references: str
+    captions: tuple[str, ...]
     saved: str | None = None
     rows: tuple[int, int] = (0, 0)
 
@@ -324,7 +326,8 @@ class ScorerActor:
         return _facts()
 
     def score(self, request: ScoreRequest, pictures: NDArray[np.uint8] | None = None) -> dict[str, Any]:
-        """Distance of each picture, uint8 (n, H, W, 3), to the references of its class: {"distances", "seconds"}.
+        """Distance of each picture, uint8 (n, H, W, 3), to the references of its class, or to its own caption where the
+        scorer compares with captions: {"distances", "seconds"}.
 
         A scorer of faces adds what `face_detection` says. Raises RaygardError if a distance is not finite.
         """
@@ -339,10 +342,13 @@ class ScorerActor:
         return {**found, "distances": [float(d) for d in distances], "seconds": time.monotonic() - started}
 
     def _embedded(self, request: ScoreRequest) -> NDArray[np.float32]:
+        if getattr(self._scorer, "references", "pictures") == "captions":
+            return self._scorer.embed_captions(request.captions)
         # A references file of another run may come to lie at the same path.
         key = (request.references, Path(request.references).stat().st_mtime_ns, request.cls)
         if key not in self._references:
-            self._references[key] = self._scorer.embed(read_references(request.references, request.cls)[1])
+            pictures = read_references(request.references, request.cls)[1]
+            self._references[key] = embed_references(self._scorer, pictures)
         return self._references[key]
 
 

@@ -20,7 +20,7 @@ NAMES = (*(f"table{number}" for number in range(1, 9)), "figure12", "figure14")
 CELL = re.compile(r"-|\.|\d+(\.\d+)?\*?")
 # Why raygard has no number for a column, by the word used in the data files.
 REASONS = {
-    "captions": "compares pictures with captions, which evaluations do not pass on; `CLIP` is for use from Python",
+    "clip": "CLIP's weights cannot be had where this was written; with them: evaluation.scorer=CLIP",
     "topiq": "raygard has no TOPIQ scorer: its weights cannot be had where this was written",
     "human": "needs volunteers",
     "faces": "needs faces, and the bundled domain has none; with pictures of people: jobs/configs/paper/table2.yaml",

@@ -90,26 +90,18 @@ def scorer_facts(name: str) -> Any:
 
 
 def check_evaluation(name: str) -> None:
-    """Raise RaygardError unless `evaluation.scorer` can be `name`: a number for each picture, from pictures alone."""
-    scorer = SCORERS.get(name)
-    if not getattr(scorer, "per_picture", True):
+    """Raise RaygardError unless `evaluation.scorer` can be `name`: a number for each picture."""
+    if not getattr(SCORERS.get(name), "per_picture", True):
         raise RaygardError(
             f"evaluation.scorer '{name}' has one number for all pictures together, and intervals need one for each; "
             "use kid_enlite0"
         )
-    if getattr(scorer, "references", "pictures") == "captions":
-        raise RaygardError(f"evaluation.scorer '{name}' compares with captions, which evaluations do not pass on yet")
 
 
-def embed_references(scorer: Any, pictures: NDArray[np.uint8], captions: Sequence[str]) -> NDArray[np.float32]:
-    """What `scorer` compares with, made of the reference pictures uint8 (m, H, W, 3) and their captions (m).
-
-    Float32 (m, d), or (0, 1) for a scorer that compares with nothing.
-    """
-    kind = getattr(scorer, "references", "pictures")
-    if kind == "captions":
-        return scorer.embed_captions(captions)
-    return scorer.embed(pictures[:0] if kind == "none" else pictures)
+def embed_references(scorer: Any, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What `scorer` compares with, made of the reference pictures uint8 (m, H, W, 3): float32 (m, d), or (0, d) for a
+    scorer that compares with nothing."""
+    return scorer.embed(pictures[:0] if getattr(scorer, "references", "pictures") == "none" else pictures)
 
 
 def face_detection(

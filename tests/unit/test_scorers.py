@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raygard.cluster.evaluators import ScorerActor, ScoreRequest
 from raygard.errors import RaygardError
 from raygard.scoring import SCORERS, check_evaluation, embed_references, get_scorer, lpips, weights
 from raygard.scoring.clip import ClipImage, ClipText
@@ -166,10 +167,10 @@ def test_missing_weights_say_where_to_put_them(tmp_path: Path, monkeypatch: pyte
 
 
 def test_scorers_without_a_number_for_each_picture_are_not_for_evaluations() -> None:
-    for name, why in (("FID", "one number for all"), ("fd_enlite0", "one number for all"), ("CLIP", "with captions")):
-        with pytest.raises(RaygardError, match=why):
+    for name in ("FID", "fd_enlite0"):
+        with pytest.raises(RaygardError, match="one number for all"):
             check_evaluation(name)
-    for name in set(SCORERS) - {"FID", "fd_enlite0", "CLIP"}:
+    for name in set(SCORERS) - {"FID", "fd_enlite0"}:
         check_evaluation(name)
 
 
@@ -225,7 +226,7 @@ def test_clip_sees_pictures_as_its_own_processor_does(published: Path) -> None:
 def test_clip_score_compares_each_picture_with_its_own_caption(published: Path) -> None:
     scorer = ClipText()
     captions = ["a red cat", "two dogs", "a very long caption that goes on " * 9]
-    told = embed_references(scorer, pictures(0), captions)
+    told = scorer.embed_captions(captions)
     np.testing.assert_allclose(told[1], scorer.embed_captions(captions[1:2])[0], atol=1e-5)
     np.testing.assert_allclose(scorer.distances(told, told), 100, rtol=1e-5)
     opposite = np.where(np.arange(told.shape[1]) < told.shape[1] - 1, -told, told)
@@ -238,6 +239,11 @@ def test_clip_score_compares_each_picture_with_its_own_caption(published: Path) 
         scorer.distances(seen, seen)
     swapped = scorer.distances(told, told[[1, 0, 2]])
     assert swapped[0] < 99.9 and swapped[2] > 99.9
+    # In an evaluation: no file of references, and each picture has its own caption.
+    request = ScoreRequest("cats", "no such file", tuple(captions))
+    actor = ScorerActor("CLIP", threads=1, gpus=0)
+    actor.ready()
+    np.testing.assert_allclose(actor.score(request, pictures(3))["distances"], scorer.distances(seen, told), atol=1e-3)
     with pytest.raises(RaygardError, match="3 pictures, 2 captions"):
         scorer.distances(told, told[:2])
 
@@ -277,7 +283,7 @@ def test_nudenet_sums_the_named_labels(nudenet: NudeNet) -> None:
 def test_harmless_pictures_score_nothing_and_references_do_not_matter(nudenet: NudeNet) -> None:
     scores = nudenet.embed(np.concatenate([pictures(2), np.full((1, 40, 40, 3), 200, np.uint8)]))
     assert scores.shape == (3, 1) and nudenet.embed(pictures(0)).shape == (0, 1)
-    np.testing.assert_array_equal(nudenet.distances(scores, embed_references(nudenet, pictures(3), [])), [0, 0, 0])
+    np.testing.assert_array_equal(nudenet.distances(scores, embed_references(nudenet, pictures(3))), [0, 0, 0])
     made_up = np.array([[0.5], [1.25]], dtype=np.float32)
     np.testing.assert_array_equal(nudenet.distances(made_up, scores[:0]), [0.5, 1.25])
 
