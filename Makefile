@@ -26,7 +26,7 @@ test: install
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not distributed and not faults and not demo and not gpu"
+	$(BIN)/python -m pytest -m "not distributed and not faults and not demo and not gpu and not fuzz"
 
 lint: install
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from raygard.errors import RaygardError
 from raygard.files import whole_folder
-from raygard.imagefolder import read_pixels
+from raygard.pictures import read_pixels
 from raygard.zoo import MODEL_DIR
 from raygard.zoo.autoencoder import (
     cache_latents,

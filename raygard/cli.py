@@ -26,10 +26,12 @@ from raygard.cli_options import (
     OutOption,
     OverridesArgument,
     QuietOption,
+    SignedOption,
     StageOption,
     WorkersOption,
     resolve_config,
 )
+from raygard.cli_sign import require_signed, sign_app
 from raygard.errors import ExitCode, RaygardError
 
 app = typer.Typer(
@@ -44,6 +46,7 @@ app = typer.Typer(
     ),
 )
 app.add_typer(cluster_app)
+app.add_typer(sign_app)
 
 
 @app.command()
@@ -87,6 +90,7 @@ def compare(
     data: DataOption = None,
     workers: WorkersOption = None,
     zero_stage: StageOption = None,
+    signed: SignedOption = None,
     overrides: OverridesArgument = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -96,6 +100,7 @@ def compare(
     95 % intervals. A comparison that was cut off goes on when the same command is given again.
     """
     run_config = resolve_config(config, overrides, model, data, workers, zero_stage)
+    require_signed(run_config.compare.mask, signed)
     with open_flow(run_config, out, quiet, compares=True) as flow:
         flow.run()
     print(flow.text())
@@ -245,6 +250,7 @@ def evaluate(
     config: ConfigOption = None,
     model: ModelOption = None,
     data: DataOption = None,
+    signed: SignedOption = None,
     overrides: OverridesArgument = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -256,7 +262,7 @@ def evaluate(
 
     seeds = [f"evaluation.mask_seeds={list(range(len(mask)))}"] if mask else []
     run_config = resolve_config(config, [*(overrides or []), *seeds], model, data)
-    masks = masks_to_evaluate(run_config, mask or (), out)
+    masks = masks_to_evaluate(run_config, mask or (), out, signed)
     with open_flow(run_config, out, quiet, learns=False) as flow:
         outcome = flow.evaluate_masks(masks, given=bool(mask))
     print_outcome(flow, outcome)
@@ -274,6 +280,7 @@ def adapt(
     ] = None,
     config: ConfigOption = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and noise.")] = 0,
+    signed: SignedOption = None,
     overrides: OverridesArgument = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -287,7 +294,7 @@ def adapt(
 
     chosen = [f"adapt.method={json.dumps(method)}"] if method is not None else []
     run_config = resolve_config(config, [*chosen, *(overrides or [])], model)
-    facts = adapt_model(run_config, data, tuple(cls or ()), mask, out, seed, quiet)
+    facts = adapt_model(run_config, data, tuple(cls or ()), mask, out, seed, quiet, signed)
     if facts is not None:
         print(f"trained {facts['trainable_params']} parameters in {facts['seconds']:.0f} s; saved {out}")
         for what in facts["outside_mask"]:
@@ -305,11 +312,12 @@ def generate(
     lora: Annotated[Path | None, typer.Option(help="LoRA file, or folder of `raygard adapt`.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="Learned tokens, file or folder of `raygard adapt`.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask whose values belong to the released model.")] = None,
+    signed: SignedOption = None,
 ) -> None:
     """Draw pictures from captions."""
     from raygard.user import generate_pictures
 
-    for path in generate_pictures(model, prompts, out, seed, steps, guidance_scale, lora, embeddings, mask):
+    for path in generate_pictures(model, prompts, out, seed, steps, guidance_scale, lora, embeddings, mask, signed):
         print(path)
 
 
@@ -339,14 +347,15 @@ def audit(
     base: Annotated[Path | None, typer.Option(help="The released model: pipeline, denoiser folder or file.")] = None,
     model: Annotated[Path | None, typer.Option(help="The fine-tuned model.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA file or folder, instead of --base and --model.")] = None,
+    signed: SignedOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Did anyone move a frozen tensor, or would a LoRA if merged? Exit code 0: no; 3: yes, listed; 2: bad input."""
+    """Did anyone move a frozen tensor, or would a LoRA if merged? Exit code 0: no; 3: yes, listed."""
     from raygard.diffusion.model import resolve_model
     from raygard.mask import FreezeMask, audit_lora
     from raygard.mask.weights import load_denoiser_state
 
-    released = FreezeMask.load(mask)
+    released = FreezeMask.load(mask, require_signature=signed)
     findings: Any
     if lora is not None and base is None and model is None:
         findings = audit_lora(released, lora)

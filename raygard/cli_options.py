@@ -18,6 +18,12 @@ StageOption = Annotated[
     int | None, typer.Option("--zero-stage", help="DeepSpeed ZeRO stage 0 to 3 (engine.zero_stage).")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+SignedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--require-signature", help="Public key whose owner must have signed the mask; else nothing is done (exit 5)."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 

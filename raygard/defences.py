@@ -75,12 +75,17 @@ def with_values(
     )
 
 
-def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> list[FreezeMask]:
+def masks_to_evaluate(
+    config: RunConfig, paths: Sequence[Path], out: Path, require_signature: Path | None = None
+) -> list[FreezeMask]:
     """The masks at `paths`; without any those of the run directory `out`, one for each mask seed.
 
-    Raises RaygardError if one cannot be read, was made for another model, or was not learned yet, and if `out` holds
-    the evaluation of others.
+    require_signature: public key whose owner must have signed them. Raises RaygardError if one cannot be read, was made
+    for another model, or was not learned yet, and if `out` holds the evaluation of others; SignatureError for one that
+    the key's owner did not sign.
     """
+    if require_signature is not None and not paths:
+        raise RaygardError("--require-signature has no effect without --mask; give the mask, or leave it out")
     seeds = config.evaluation.mask_seeds
     if not paths and not config.mask.learned and not config.values.enabled:
         return [unlearned_mask(config, seed) for seed in seeds]
@@ -92,7 +97,7 @@ def masks_to_evaluate(config: RunConfig, paths: Sequence[Path], out: Path) -> li
             f"{out} has no mask of seed {missing[0]}; give --mask, or learn it there first (raygard learn with the "
             "same configuration)"
         )
-    masks = [FreezeMask.load(path) for path in paths or learned]
+    masks = [FreezeMask.load(path, require_signature=require_signature) for path in paths or learned]
     for mask in masks:
         # Values are loaded in place: each needs a model as it was released.
         mask.apply(load_unet(config.model))

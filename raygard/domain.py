@@ -20,8 +20,9 @@ from typing import Any
 
 from raygard.config import DomainConfig
 from raygard.errors import RaygardError, nearest
-from raygard.imagefolder import Entry, digest, read_entries, read_picture, resolve_data
+from raygard.imagefolder import Entry, read_entries, resolve_data
 from raygard.near_duplicates import group_near_duplicates, thumbnail
+from raygard.pictures import digest, read_picture
 
 PUBLISHER_PARTS = ("learn_lower", "learn_upper", "select_adapt", "select_reference")
 USER_PARTS = ("adapt", "reference")

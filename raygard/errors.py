@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     BAD_INPUT = 2
     MOVED = 3
     UNFIT_CLUSTER = 4
+    NOT_SIGNED = 5
     INTERRUPTED = 130
 
 
@@ -22,9 +23,13 @@ class RaygardError(ValueError):
     """What is wrong, the offending value, and how to mend it, in one line.
 
     The command line prints it without a traceback and exits with `exit_code`.
+    What it quotes may come from elsewhere: line breaks and other unprintable letters are shown, not printed.
     """
 
     exit_code = ExitCode.BAD_INPUT
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class UnfitClusterError(RaygardError):

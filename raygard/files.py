@@ -6,6 +6,8 @@ import errno
 import filecmp
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import uuid
 import zipfile
@@ -99,6 +101,34 @@ def read_array(path: Path, name: str) -> NDArray[Any]:
             return arrays[name]
     except DAMAGED_ARCHIVE as error:
         raise RaygardError(f"cannot read {path}: {error}; delete it and run again") from None
+
+
+def named_inside(folder: Path, name: str, what: str) -> Path:
+    """`folder / name`, for a name from elsewhere that must not lead out of the folder by its letters alone.
+
+    what: what the name is, for the message. Refused on every system is what leads out on any: absolute paths, `..`,
+    drive letters, backslashes, control characters. Links are not followed. Raises RaygardError.
+    """
+    parts = name.split("/")
+    unprintable = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
+    if not parts[0] or ".." in parts or "\\" in name or unprintable or re.match(r"[A-Za-z]:", name):
+        raise RaygardError(f"{what} {name[:200]!r} must be a path inside the folder, without '..', drive or backslash")
+    return folder / name
+
+
+def read_limited(path: Path, limit_bytes: int) -> bytes:
+    """A regular file's bytes. Raises OSError if it cannot be read, is no regular file, or is larger than the limit.
+
+    For files from elsewhere: neither a pipe that never ends nor a huge file is read before it is refused.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as stream:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a file")
+        if found.st_size > limit_bytes:
+            raise OSError(errno.EFBIG, f"larger than {limit_bytes / 2**20:g} MiB")
+        return stream.read(limit_bytes)
 
 
 def sha256_file(path: Path) -> str:

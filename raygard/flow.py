@@ -33,7 +33,7 @@ from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
-from raygard.imagefolder import read_pixels
+from raygard.pictures import read_pixels
 from raygard.mask import FreezeMask
 from raygard.outcome import build_outcome
 from raygard.progress import Progress

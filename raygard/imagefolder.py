@@ -1,25 +1,20 @@
-"""Reading a Hugging Face imagefolder: table, paths and pictures, any of which may be broken or hostile."""
+"""Reading a Hugging Face imagefolder: its table and paths, either of which may be broken or hostile."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from raygard.errors import RaygardError, nearest
+from raygard.files import named_inside, read_limited
+from raygard.pictures import SUFFIXES
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from PIL.Image import Image
-
-# Raster formats only: other decoders of Pillow start programs (EPS) or are hardly ever used.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Millions of rows; a table is held in memory.
+MAX_TABLE_BYTES = 2**28
 METADATA = ("metadata.jsonl", "metadata.csv")
 ONE_CLASS = "all"
 
@@ -94,30 +89,32 @@ def _table(folder: Path) -> Path | None:
 
 def _rows(table: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        return _read_jsonl(table) if table.suffix == ".jsonl" else _read_csv(table)
+        text = read_limited(table, MAX_TABLE_BYTES).decode("utf-8-sig")
+        return _read_jsonl(table, text) if table.suffix == ".jsonl" else _read_csv(text)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RaygardError(f"cannot read {table}: {str(error).splitlines()[0]}") from None
 
 
-def _read_jsonl(table: Path) -> list[tuple[int, dict[str, Any]]]:
+def _read_jsonl(table: Path, content: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for line, text in enumerate(table.read_text(encoding="utf-8").split("\n"), start=1):
+    for line, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RaygardError(f"{table}, line {line} is not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            # Besides JSONDecodeError: numbers of thousands of digits, and deep nesting.
+            why = getattr(error, "msg", None) or str(error)
+            raise RaygardError(f"{table}, line {line} is not valid JSON: {why}") from None
         if not isinstance(row, dict):
             raise RaygardError(f"{table}, line {line}: expected an object, found {type(row).__name__}")
         rows.append((line, row))
     return rows
 
 
-def _read_csv(table: Path) -> list[tuple[int, dict[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, restkey="", strict=True)
-        return [(reader.line_num, {key: value for key, value in row.items() if key}) for row in reader]
+def _read_csv(content: str) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(content, newline=""), restkey="", strict=True)
+    return [(reader.line_num, {key: value for key, value in row.items() if key}) for row in reader]
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:
@@ -130,14 +127,11 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _inside(folder: Path, root: Path, name: str, where: str) -> Path:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        raise RaygardError(f"{where}: file_name {name!r} must be a path inside the folder, without '..'")
-    path = folder / pure
+    path = named_inside(folder, name, f"{where}: file_name")
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise RaygardError(f"{where}: {path} does not exist") from None
+    except (OSError, RuntimeError, ValueError):
+        raise RaygardError(f"{where}: file_name {name[:200]!r} does not exist") from None
     if not target.is_relative_to(root):
         raise RaygardError(f"{where}: {path} is a link that leaves the folder")
     if not target.is_file():
@@ -156,60 +150,3 @@ def _class_folders(folder: Path) -> list[Entry]:
     if not entries:
         raise RaygardError(f"{folder} holds no {' or '.join(METADATA)} and no folder for each class (domain.data)")
     return entries
-
-
-def read_picture(path: Path) -> Image:
-    """Decode a picture as RGB, upright, transparency on white. Raises RaygardError naming the file."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
-            if limit is not None and image.width * image.height > limit:
-                size = f"{image.width} x {image.height}"
-                raise RaygardError(f"{path} has {size} pixels; at most {limit} are read")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "P" or "A" in upright.mode or "transparency" in upright.info:
-                layer = upright.convert("RGBA")
-                white = Image.new("RGBA", layer.size, "white")
-                return Image.alpha_composite(white, layer).convert("RGB")
-            return upright.convert("RGB")
-    except UnidentifiedImageError:
-        raise RaygardError(f"{path} is not a picture raygard can read ({', '.join(FORMATS)})") from None
-    except RaygardError:
-        raise
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise RaygardError(f"cannot read picture {path}: {str(error).splitlines()[0]}") from None
-
-
-def digest(image: Image) -> str:
-    """SHA-256 (hex) of the size and the RGB pixels."""
-    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
-
-
-def read_pixels(path: Path, resolution: int, center_crop: bool = True) -> NDArray[np.uint8]:
-    """Picture as uint8 (resolution, resolution, 3): shorter side to `resolution` (bilinear), then a square
-    crop.
-
-    As diffusers' training scripts do it, except that without `center_crop` the place of the crop is drawn
-    from the picture's hash, so that it is the same every time.
-    """
-    import numpy as np
-    import torch
-    from PIL.Image import Resampling
-
-    from raygard.seeding import generator
-
-    image = read_picture(path)
-    scale = resolution / min(image.size)
-    width, height = (resolution if side == min(image.size) else int(side * scale) for side in image.size)
-    size = (width, height)
-    resized = image if size == image.size else image.resize(size, Resampling.BILINEAR)
-    spare = [side - resolution for side in size]
-    if center_crop:
-        left, top = (round(length / 2) for length in spare)
-    else:
-        rng = generator("crop", digest(image))
-        left, top = (int(torch.randint(length + 1, (), generator=rng)) for length in spare)
-    return np.array(resized.crop((left, top, left + resolution, top + resolution)))

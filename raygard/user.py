@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from raygard.config import DomainConfig, ModelConfig, RunConfig
 from raygard.config_file import load_config
 from raygard.errors import RaygardError, nearest
 from raygard.files import readable_disk_errors, whole_folder, write_text
-from raygard.imagefolder import SUFFIXES, has_column, read_entries, read_picture, read_pixels, resolve_data
+from raygard.imagefolder import has_column, read_entries, resolve_data
+from raygard.pictures import SUFFIXES, read_picture, read_pixels
 from raygard.progress import Progress
+
+if TYPE_CHECKING:
+    from raygard.mask import FreezeMask
 
 # Of diffusers' textual inversion script.
 EMBEDDINGS_FILE = "learned_embeds.safetensors"
@@ -28,26 +32,28 @@ def adapt_model(
     out: Path,
     seed: int,
     quiet: bool = False,
+    require_signature: Path | None = None,
 ) -> dict[str, Any] | None:
     """Fine-tune the model on an imagefolder, respecting a mask, and save what came of it to `out`.
 
     That is a diffusers pipeline; of LoRA the adapter alone, as `load_lora_weights` reads it; of textual inversion the
     new token alone, as `load_textual_inversion` does. classes: empty takes every class of the folder. Under
     `accelerate launch` every process calls this; the main process saves and gets the facts, the others get None.
-    Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty.
+    require_signature: public key whose owner must have signed the mask.
+    Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty, SignatureError for a
+    mask that the key's owner did not sign.
     """
     from raygard.adaptation import Release, get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
     from raygard.diffusion.loss import DiffusionLoss
     from raygard.diffusion.model import load_noise_scheduler, load_unet, model_folder, with_resolution
     from raygard.domain import load_domain
-    from raygard.mask import FreezeMask
 
     _refuse_filled(out)
     method = get_adaptation(config.adapt.method)
     if config.adapt.ignore_mask and mask_path is None:
         raise RaygardError("adapt.ignore_mask has no effect without --mask; remove it")
-    mask = FreezeMask.load(mask_path) if mask_path is not None else None
+    mask = load_mask(mask_path, require_signature)
     domain_config = _all_general(config.domain, str(data), classes)
     domain = load_domain(domain_config)
     model_folder(config.model)
@@ -97,6 +103,17 @@ def adapt_model(
     return facts
 
 
+def load_mask(path: Path | None, require_signature: Path | None) -> FreezeMask | None:
+    """The mask at `path`, if one is given. Raises as `FreezeMask.load`, and for a key without a mask."""
+    from raygard.mask import FreezeMask
+
+    if path is not None:
+        return FreezeMask.load(path, require_signature=require_signature)
+    if require_signature is not None:
+        raise RaygardError("--require-signature has no effect without --mask; give the mask, or leave it out")
+    return None
+
+
 def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, release: Any) -> None:
     from safetensors.torch import save_file
 
@@ -143,20 +160,22 @@ def generate_pictures(
     lora: Path | None = None,
     embeddings: Path | None = None,
     mask: Path | None = None,
+    require_signature: Path | None = None,
 ) -> list[Path]:
     """Draw one picture for each prompt into `out` (PNG) with a `metadata.jsonl`; return the paths.
 
     lora, embeddings: files, or folders of `raygard adapt`, to load into the model. mask: one whose carried values
-    belong to the release.
-    Raises RaygardError for a model or adapter that cannot be loaded, values out of range, or a filled `out`.
+    belong to the release. require_signature: public key whose owner must have signed the mask.
+    Raises RaygardError for a model or adapter that cannot be loaded, values out of range, or a filled `out`,
+    SignatureError for a mask that the key's owner did not sign.
     """
     from PIL import Image
 
     from raygard.diffusion.generate import generate
     from raygard.diffusion.model import load_pipeline, model_folder
-    from raygard.mask import FreezeMask
 
     _refuse_filled(out)
+    released = load_mask(mask, require_signature)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise RaygardError("nothing to draw: give at least one caption, and no empty ones")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -164,8 +183,8 @@ def generate_pictures(
     source = ModelConfig(pretrained_model_name_or_path=model)
     model_folder(source)
     pipeline = load_pipeline(source)
-    if mask is not None:
-        FreezeMask.load(mask).apply(pipeline.unet)
+    if released is not None:
+        released.apply(pipeline.unet)
     if lora is not None:
         _load_lora(pipeline, lora)
     if embeddings is not None:

@@ -33,7 +33,7 @@ from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerpri
 from raygard.domain import DomainView, Picture
 from raygard.errors import RaygardError
 from raygard.files import sha256_file
-from raygard.imagefolder import read_pixels
+from raygard.pictures import read_pixels
 
 FORMAT_VERSION = 1
 ARRAYS, MANIFEST = "latents.safetensors", "cache.json"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raygard.config import DomainConfig, ModelConfig
 from raygard.errors import RaygardError, nearest
-from raygard.files import sha256_file
+from raygard.files import named_inside, sha256_file
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 PIPELINE = "StableDiffusionPipeline"
 INDEX = "model_index.json"
+# Where the parts of a pipeline may come from; "stable_diffusion" is diffusers' name for its own safety checker.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HASHED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -55,12 +57,30 @@ def model_folder(config: ModelConfig) -> Path:
         folder = _download(name, config)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise RaygardError(f"{folder} is not a diffusers pipeline folder: no readable {INDEX}") from None
     found = index.get("_class_name") if isinstance(index, dict) else None
     if found != PIPELINE:
         raise RaygardError(f"{folder} holds a {found}; raygard reads {PIPELINE}")
+    _refuse_code(folder, index)
     return folder
+
+
+def _refuse_code(folder: Path, index: dict[str, Any]) -> None:
+    """Raise RaygardError if a part of the pipeline comes with code of its own.
+
+    diffusers imports whatever module the index names for a part, and releases of it run a file of that name in the
+    part's folder without being asked to.
+    """
+    for part, source in index.items():
+        if part.startswith("_") or not isinstance(source, list):
+            continue
+        library = source[0] if source else None
+        if library not in LIBRARIES:
+            raise RaygardError(f"{folder / INDEX}: '{part}' is of {library!r}; raygard reads parts of diffusers and transformers only")
+        code = next(named_inside(folder, part, f"{folder / INDEX}: part").glob("*.py"), None)
+        if code is not None:
+            raise RaygardError(f"{code}: code of a model is never run; take it out if you trust the rest")
 
 
 def _download(name: str, config: ModelConfig) -> Path:

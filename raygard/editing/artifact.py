@@ -100,7 +100,7 @@ class Edit:
             return cls(values, str(about["base_sha256"]), str(about["method"]), dict(about["settings"]))
         except (OSError, SafetensorError) as error:
             raise RaygardError(f"cannot read {file}: {error}") from None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise RaygardError(f"{file} is not an edit: it lacks its description in the metadata") from None
 
 

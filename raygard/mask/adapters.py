@@ -172,5 +172,5 @@ def _peft_scale(file: Path) -> float:
         found = json.loads(config.read_text(encoding="utf-8"))
         rank = float(found["r"])
         return float(found["lora_alpha"]) / (math.sqrt(rank) if found.get("use_rslora") else rank)
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
         raise RaygardError(f"{config} is damaged: no readable r and lora_alpha") from None

@@ -3,6 +3,7 @@
     mask.json          manifest: every tensor by name, base model and fingerprint, ratios, domain, metrics
     mask.safetensors   logits, soft mask, binary mask, each of length N in the manifest's order
     values.safetensors new values of frozen tensors (optional; the release is then the base with these values)
+    mask.sig           a publisher's signature of all of the above (optional; see `signature`)
 
 Nothing is matched by position and nothing is pickled; loading checks all of it.
 """
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 
 import raygard
 from raygard.errors import RaygardError
-from raygard.files import readable_disk_errors, sha256_file
+from raygard.files import read_limited, readable_disk_errors, sha256_file
 from raygard.mask.audit import AuditReport, audit_states
 from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry
+from raygard.mask.signature import SIGNATURE, SignatureError, check_signature, require_files
 from raygard.mask.weights import fingerprint, tensor_sha256
 
 MANIFEST, ARRAYS, VALUES = "mask.json", "mask.safetensors", "values.safetensors"
+# A manifest of 10,000 tensors has about 2 MiB.
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +163,7 @@ class FreezeMask:
     def save(self, path: str | Path) -> Path:
         """Write the folder whole or not at all; an older mask at `path` is replaced, anything else refused.
 
+        A signed mask stays as it is if it is this one, and is never replaced by another.
         Raises RaygardError for a folder with other files in it, a full disk, or metrics that are not finite.
         """
         target = Path(path)
@@ -175,6 +180,10 @@ class FreezeMask:
                 new, old = Path(scratch) / "new", Path(scratch) / "old"
                 new.mkdir()
                 self._write(new, manifest)
+                if (place / SIGNATURE).exists():
+                    if (place / MANIFEST).read_bytes() == (new / MANIFEST).read_bytes():
+                        return target
+                    raise RaygardError(f"{target} holds another mask, which is signed; choose another folder")
                 if place.exists():
                     place.rename(old)
                 try:
@@ -195,16 +204,33 @@ class FreezeMask:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> FreezeMask:
+    def load(cls, path: str | Path, *, require_signature: str | Path | None = None) -> FreezeMask:
         """Read and check a mask folder.
 
-        Raises RaygardError if a file is missing, torn or altered, or contradicts the manifest.
+        require_signature: PEM file of the public key whose owner must have signed every byte of the folder.
+        Raises RaygardError if a file is missing, torn or altered, or contradicts the manifest; SignatureError for the
+        same, for a missing or another signature, and for an added file, if a signature is required.
         """
         folder = Path(path)
         try:
-            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+            manifest = read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
         except OSError:
             raise RaygardError(f"{folder} is not a mask: no readable {MANIFEST}") from None
+        if require_signature is None:
+            return cls._read(folder, manifest)
+        check_signature(folder, manifest, require_signature)
+        try:
+            mask = cls._read(folder, manifest)
+        except RaygardError as error:
+            raise SignatureError(str(error)) from None
+        require_files(folder, manifest, signed=True)
+        return mask
+
+    @classmethod
+    def _read(cls, folder: Path, content: bytes) -> FreezeMask:
+        """The mask in `folder`, whose manifest has this content."""
+        try:
+            manifest = Manifest.model_validate_json(content)
         except ValidationError as error:
             raise RaygardError(f"{folder / MANIFEST}: {_problem(error)}") from None
         if set(manifest.files) not in ({ARRAYS}, {ARRAYS, VALUES}):
@@ -299,7 +325,7 @@ class FreezeMask:
 
 def _may_replace(folder: Path) -> bool:
     found = {file.name for file in folder.iterdir()}
-    return not found or (MANIFEST in found and found <= {MANIFEST, ARRAYS, VALUES})
+    return not found or (MANIFEST in found and found <= {MANIFEST, ARRAYS, VALUES, SIGNATURE})
 
 
 def _problem(error: ValidationError) -> str:

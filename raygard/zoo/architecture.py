@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from raygard.pictures import read_picture
 from raygard.zoo import PRETRAINING_STYLES
 
 JOINT = " in the style of "
@@ -52,7 +52,7 @@ def read_rows(data: Path) -> list[Row]:
 
 
 def read_pixels(data: Path, rows: list[Row]) -> Tensor:
-    pictures = [np.asarray(Image.open(data / row.file_name).convert("RGB")) for row in rows]
+    pictures = [np.asarray(read_picture(data / row.file_name)) for row in rows]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

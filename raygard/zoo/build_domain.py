@@ -26,6 +26,8 @@ from pathlib import Path
 import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
+from raygard.pictures import decode_picture
+
 SIDE = 64
 FILL = 60
 
@@ -129,10 +131,12 @@ def check_licence(style: Style, archive: tarfile.TarFile) -> None:
         raise SystemExit(f"{style.package} no longer declares {style.licence}")
 
 
-def rasterise(data: bytes, svg: bool) -> Image.Image:
-    if svg:
+def rasterise(data: bytes, name: str) -> Image.Image:
+    """The drawing in a file of a package; name: its path there."""
+    if name.endswith(".svg"):
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=256, height=256, skip_system_fonts=True))
-    return Image.open(io.BytesIO(data)).convert("RGBA")
+        name = f"{name}.png"
+    return decode_picture(data, name).convert("RGBA")
 
 
 def square(picture: Image.Image) -> Image.Image:
@@ -180,7 +184,7 @@ def iconify_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
         )
-        return rasterise(svg.encode(), svg=True)
+        return rasterise(svg.encode(), f"{concept.code}.svg")
 
     return lookup
 
@@ -193,7 +197,7 @@ def file_lookup(style: Style, archive: tarfile.TarFile) -> Lookup:
         for form in (code, f"{code}-FE0F", code.replace("-FE0F", "")):
             path = style.layout.format(lower=form.lower(), upper=form)
             if path in members:
-                return rasterise(read(archive, path), svg=path.endswith(".svg"))
+                return rasterise(read(archive, path), path)
         return None
 
     return lookup

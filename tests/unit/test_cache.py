@@ -15,7 +15,7 @@ from raygard.diffusion.cache import ARRAYS, MANIFEST, LatentSet, build_cache, lo
 from raygard.diffusion.model import load_pipeline, load_unet, load_vae, model_fingerprint, resolve_model
 from raygard.domain import DomainView, HalvesError, load_domain
 from raygard.errors import RaygardError
-from raygard.imagefolder import read_pixels
+from raygard.pictures import read_pixels
 
 Maker = Callable[..., Path]
 PARTS = [("a", "adapt"), ("b", "adapt"), ("b", "reference")]

@@ -24,7 +24,7 @@ from raygard.domain import (
     part_sizes,
 )
 from raygard.errors import RaygardError
-from raygard.imagefolder import digest, read_picture, read_pixels
+from raygard.pictures import digest, read_picture, read_pixels
 from raygard.near_duplicates import group_near_duplicates, thumbnail
 
 Maker = Callable[..., Path]
@@ -204,7 +204,7 @@ def test_unreadable_truncated_and_huge_pictures_are_named(imagefolder: Maker, mo
             load_domain(config(folder))
     victim.write_bytes(whole)
     load_domain(config(folder))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    monkeypatch.setattr("raygard.pictures.MAX_PIXELS", 200)
     with pytest.raises(RaygardError, match=r"a/.*\.png"):
         load_domain(config(folder))
 

@@ -289,7 +289,7 @@ def test_harmless_pictures_score_nothing_and_references_do_not_matter(nudenet: N
 
 
 def test_nudenet_sees_a_face_in_a_portrait_and_nothing_explicit(nudenet: NudeNet) -> None:
-    from raygard.imagefolder import read_pixels
+    from raygard.pictures import read_pixels
 
     if not CONGRESS.is_dir():
         pytest.skip("the portraits are not here")

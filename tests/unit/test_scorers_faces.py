@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from raygard.errors import RaygardError
-from raygard.imagefolder import read_pixels
+from raygard.pictures import read_pixels
 from raygard.scoring import SCORERS, deepface_faces, face_detection, get_scorer
 from raygard.scoring.deepface_faces import LANDMARKS, DlibFace, DlibWhole, FaceNet512
 

@@ -8,7 +8,8 @@ import pytest
 
 import raygard.scoring.style_enlite0 as style
 from raygard.errors import RaygardError
-from raygard.imagefolder import read_pixels, resolve_data
+from raygard.imagefolder import resolve_data
+from raygard.pictures import read_pixels
 from raygard.scoring import SCORERS, enlite0, get_scorer, register
 from raygard.scoring.style_enlite0 import StyleEnLite0
 
