@@ -26,8 +26,8 @@ from raygard.diffusion.loss import DiffusionLoss, held_out_loss
 from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.files import scratch, write_text
-from raygard.pictures import read_pixels
 from raygard.mask import FreezeMask
+from raygard.pictures import read_pixels
 from raygard.scoring import Scorer, get_scorer
 from raygard.seeding import generator
 from raygard.store import content_key

@@ -33,6 +33,7 @@ from raygard.cli_options import (
 )
 from raygard.cli_sign import require_signed, sign_app
 from raygard.errors import ExitCode, RaygardError
+from raygard.redaction import RedactingFormatter, redact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -409,12 +410,14 @@ def config(
     """Print the resolved configuration as YAML, or the reference of all keys."""
     import yaml
 
+    from raygard.config import public
     from raygard.config_file import reference_markdown
 
     if reference:
         print(reference_markdown(), end="")
     else:
-        print(yaml.safe_dump(resolve_config(config, overrides).model_dump(mode="json"), sort_keys=False), end="")
+        found = public(resolve_config(config, overrides))
+        print(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False), end="")
 
 
 @app.command()
@@ -444,7 +447,7 @@ def main() -> None:
             if message:
                 _fail(message, ExitCode.BAD_INPUT)
             sys.exit(ExitCode.BAD_INPUT)
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         _fail(f"failed: {type(error).__name__}: {lines[-1] if lines else 'no reason given'}", ExitCode.DEFECT)
     sys.exit(code if isinstance(code, int) else ExitCode.DONE)
@@ -453,7 +456,7 @@ def main() -> None:
 def _fail(message: str, code: ExitCode) -> NoReturn:
     # A job's log takes both streams: what waits in the other one must not come after the reason.
     sys.stdout.flush()
-    print(f"raygard: {message}", file=sys.stderr)
+    print(f"raygard: {redact(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -465,7 +468,9 @@ def _quieten() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("raygard").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

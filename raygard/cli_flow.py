@@ -41,7 +41,7 @@ def open_flow(
 def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
     """The outcome's table, and where its files lie."""
     from raygard.outcome import format_table
-    from raygard.tracking import redact
+    from raygard.redaction import redact
 
     print(format_table(outcome))
     print()

@@ -18,6 +18,7 @@ from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import CompareConfig
 from raygard.config_section import UNQUOTED_NO, Section, once
 from raygard.errors import nearest
+from raygard.redaction import without_credentials
 from raygard.values_config import ValuesConfig
 
 # Rules of `mask.rule` that choose tensors without learning anything.
@@ -64,6 +65,7 @@ class DomainConfig(Section):
     upper_fraction: float = Field(1 / 3, gt=0, lt=1, description="share of the learn part kept for upper batches only")
     min_part: int = Field(4, ge=1, description="a class with fewer pictures in any part is refused")
     legal_budget: float = Field(0.05, ge=0, le=1, description="largest tolerated legal impact")
+    sensitive: bool = Field(False, description="no picture goes into a report or to MLflow (docs/security.md)")
 
     @model_validator(mode="after")
     def _roles_are_disjoint(self) -> DomainConfig:
@@ -318,7 +320,10 @@ class TrackingConfig(Section):
     """MLflow. The default store is sqlite inside the run directory."""
 
     enabled: bool = True
-    tracking_uri: str | None = Field(None, description="null: sqlite store in the run directory")
+    tracking_uri: str | None = Field(
+        None,
+        description="null: sqlite store in the run directory; its password belongs into MLFLOW_TRACKING_PASSWORD",
+    )
     experiment: str = "raygard"
     log_images: bool = Field(True, description="false for domains whose pictures must not leave the cluster")
 
@@ -379,6 +384,13 @@ SCHEDULING: dict[str, set[str]] = {
     },
     "search": {"max_concurrent_trials"},
 }
+
+
+def public(config: RunConfig) -> RunConfig:
+    """The configuration as everyone may read it: the tracking store's address is without user and password."""
+    uri = config.tracking.tracking_uri
+    tracking = config.tracking.model_copy(update={"tracking_uri": uri and without_credentials(uri)})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def decides(key: str) -> bool:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from raygard.config import RunConfig, flatten
 from raygard.config_section import Section
 from raygard.errors import RaygardError, nearest
+from raygard.redaction import redact
 
 
 def reference_markdown() -> str:
@@ -46,7 +47,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file and apply dotted overrides such as `mask.freeze_ratio=0.5` (values are YAML).
 
     Raises RaygardError (one line, nearest valid key) for an unreadable file, an unknown key, a value of the
-    wrong type or out of range, or a malformed override.
+    wrong type or out of range, a malformed override, or a value that holds a secret.
     """
     data: Any = {}
     source = "configuration"
@@ -62,9 +63,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for override in overrides:
         _apply_override(data, override)
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise RaygardError(f"{source}: {describe_error(error)}") from None
+    for key, value in flatten(config).items():
+        # The store's address may have credentials: they are used, and left out of all that is written.
+        if key != "tracking.tracking_uri" and redact(value) != str(value):
+            raise RaygardError(
+                f"{source}: {key} holds a password or token, which would be written into every record of the run; take "
+                "it out (secrets belong into environment variables)"
+            )
+    return config
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

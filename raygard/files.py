@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import filecmp
 import hashlib
@@ -145,6 +146,38 @@ def _flush(path: Path) -> None:
     # Without this a machine that loses power may keep the new name and not the content.
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def require_own(folder: Path, *, whole: bool = False) -> None:
+    """Raise RaygardError if `folder`, or with `whole` anything in it, belongs to another user; a missing one is fine.
+
+    What lies in a run directory is trusted: Ray's and DeepSpeed's state are pickles, which run code when they are read.
+    """
+    if not folder.exists():
+        return
+    own = own_users(folder)
+    paths = [folder, *(folder.rglob("*") if whole else ())]
+    for path in paths:
+        try:
+            # Of a link, both whoever made it and whoever owns what it leads to could have put something there.
+            owners = {path.lstat().st_uid, path.stat().st_uid}
+        except FileNotFoundError:
+            continue
+        if not owners <= own:
+            other = min(owners - own)
+            raise RaygardError(
+                f"{path} belongs to another user ({other}); a run is resumed only from what this user wrote, since its "
+                "checkpoints run code when they are read: choose another --out, or chown it if you trust all of it"
+            )
+
+
+def own_users(folder: Path) -> set[int]:
+    """User ids that files of this process have in `folder`: its own, and what a network file system makes of it."""
+    own = {os.geteuid()}
+    if folder.stat().st_uid not in own:
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+            own.add(os.fstat(probe.fileno()).st_uid)
+    return own
 
 
 def existing_folder(path: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raygard.adaptation import get_adaptation
-from raygard.config import SCHEDULING, RunConfig, config_hash, flatten
+from raygard.config import SCHEDULING, RunConfig, config_hash, flatten, public
 from raygard.defences import (
     CONTROLS,
     GIVEN_MASKS,
@@ -33,9 +33,9 @@ from raygard.diffusion.model import model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
-from raygard.pictures import read_pixels
 from raygard.mask import FreezeMask
 from raygard.outcome import build_outcome
+from raygard.pictures import read_pixels
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.rundir import RunDirectory
@@ -67,7 +67,8 @@ class Flow:
         upstream: a run of the same model, domain, adaptation and scorer whose caches, relearning, stored results and
         MLflow store this run uses instead of its own.
         """
-        config = config.model_copy(update={"domain": with_resolution(config.domain, config.model)})
+        tracking = config.tracking
+        config = public(config.model_copy(update={"domain": with_resolution(config.domain, config.model)}))
         self.config = config
         self.progress = progress or Progress(quiet=True)
         self.upstream = upstream
@@ -85,7 +86,7 @@ class Flow:
         tags = {"raygard.domain": config.domain.name}
         if upstream is None:
             Store(self.root / "store").sweep()
-            self.tracker = Tracker.open(config.tracking, self.dir.path, name)
+            self.tracker = Tracker.open(tracking, self.dir.path, name, sensitive=config.domain.sensitive)
             self.parent: RunHandle = self.tracker.start(tags=tags)
         else:
             self.tracker = upstream.tracker
@@ -331,11 +332,11 @@ class Flow:
         )
 
     def report(self) -> Path:
-        """Write report.html and hand it to MLflow."""
+        """Write report.html and hand it to MLflow; that of a sensitive domain shows no pictures."""
         with self.progress.bar("report", 1) as bar:
             path = build_report(self.dir.path)
             bar.advance(1, path.name)
-        self.parent.artifact(path, "report")
+        self.parent.artifact(path, "report", pictures=not self.config.domain.sensitive)
         return path
 
     def evaluate_masks(self, masks: Sequence[FreezeMask], *, given: bool) -> dict[str, Any]:
@@ -366,7 +367,7 @@ class Flow:
         """What decides a learning stage, as JSON: the named sections, domain, model and seed."""
         config = self.config
         found: dict[str, Any] = {"model": self.model_hash, "seed": config.seed, "stage": sections}
-        found["domain"] = config.domain.model_dump(mode="json", exclude={"legal_budget"})
+        found["domain"] = config.domain.model_dump(mode="json", exclude={"legal_budget", "sensitive"})
         for section in sections:
             if section == "bilevel_user":
                 exclude = {"publisher_steps", "inner_steps", "user_optimizer", "user_lr"}

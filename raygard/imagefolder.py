@@ -131,7 +131,7 @@ def _inside(folder: Path, root: Path, name: str, where: str) -> Path:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):
-        raise RaygardError(f"{where}: file_name {name[:200]!r} does not exist") from None
+        raise RaygardError(f"{where}: {path} does not exist") from None
     if not target.is_relative_to(root):
         raise RaygardError(f"{where}: {path} is a link that leaves the folder")
     if not target.is_file():

@@ -26,10 +26,10 @@ from typing import Any
 import yaml
 
 import raygard
-from raygard.config import RunConfig, config_hash, decides, flatten
+from raygard.config import RunConfig, config_hash, decides, flatten, public
 from raygard.config_file import UNREADABLE
 from raygard.errors import RaygardError
-from raygard.files import existing_folder, readable_disk_errors, write_text
+from raygard.files import existing_folder, readable_disk_errors, require_own, write_text
 
 SUCCESS, INPUTS, CONFIG, LOCK = "_SUCCESS.json", "_inputs.json", "config.yaml", ".lock"
 VERSIONED = ("torch", "ray", "deepspeed", "diffusers", "transformers", "accelerate", "mlflow", "numpy")
@@ -50,7 +50,7 @@ class RunDirectory:
         with readable_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             weakref.finalize(self, _lock(self.path))
-            write_text(self.path / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_text(self.path / CONFIG, yaml.safe_dump(public(config).model_dump(mode="json"), sort_keys=False))
             self.info: dict[str, Any] = self._read_info()
             self.note(
                 raygard_version=raygard.__version__,
@@ -62,10 +62,11 @@ class RunDirectory:
     def check(path: str | Path, config: RunConfig) -> None:
         """Raise RaygardError if `path` holds another configuration, is no run directory, or the disk is full.
 
-        Writes nothing.
+        The same if it belongs to another user: its checkpoints run code when they are read. Writes nothing.
         """
         folder = Path(path).resolve()
         with readable_disk_errors(folder):
+            require_own(folder)
             if (folder / CONFIG).exists():
                 _refuse_other_config(folder / CONFIG, config)
             elif folder.exists() and (folder.is_file() or any(folder.iterdir())):

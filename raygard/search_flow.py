@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raygard.config import RunConfig, config_hash
+from raygard.config import RunConfig, config_hash, public
 from raygard.config_file import describe_error
 from raygard.defences import save_controls
 from raygard.errors import RaygardError
@@ -78,7 +78,7 @@ class SearchFlow:
                 trial_config(config, point)
             except ValidationError as error:
                 raise RaygardError(f"trial {point.trial_id}: {describe_error(error)}") from None
-        self.config, self.out = config, Path(out)
+        self.config, self.out = public(config), Path(out)
         self.flow = Flow(config, out, progress, connect)
         self.dir = self.flow.dir
         self.progress = self.flow.progress

@@ -26,6 +26,8 @@ from typing import Any
 import raygard
 from raygard.config import TrackingConfig
 from raygard.errors import RaygardError
+from raygard.pictures import SUFFIXES
+from raygard.redaction import redact, without_credentials
 from raygard.tracking_store import run_address
 
 STATE, SPOOL, DATABASE, ARTIFACTS = "tracking.json", "tracking_spool.jsonl", "mlflow.db", "mlartifacts"
@@ -37,7 +39,7 @@ DOMAIN_TAG, MASK_TAG, GIT_TAG, PARENT_TAG = (
 )
 # Limits of MLflow's REST interface; a longer value would be refused by a server.
 MAX_KEY, MAX_VALUE, MAX_BATCH = 250, 500, 100
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".npz", ".html"}
+PICTURE_SUFFIXES = SUFFIXES | {".npz", ".html"}
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -51,11 +53,6 @@ ENVIRONMENT = {
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
 
 log = logging.getLogger(__name__)
-
-
-def redact(text: object) -> str:
-    """`text` with the credentials of every URI in it replaced by `***`."""
-    return re.sub(r"://[^/\s@]*(?:/[^/\s@]*)?@", "://***@", str(text))
 
 
 def git_sha() -> str | None:
@@ -232,7 +229,7 @@ class RunHandle:
     key: str
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log a flat mapping; keys are cut at 250 and values at 500 characters, credentials are redacted."""
+        """Log a flat mapping; keys are cut at 250 and values at 500 characters, secrets are taken out."""
         cut = {str(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in values.items()}
         self.tracker._submit({"op": "params", "run": self.key, "values": cut})
 
@@ -253,8 +250,8 @@ class RunHandle:
     def artifact(self, path: Path, folder: str | None = None, *, pictures: bool | None = None) -> None:
         """Upload a file, or a folder's content, into the run's artifact folder `folder`.
 
-        pictures: whether it shows pictures of the domain (`tracking.log_images=false` keeps those back); None
-        decides by file type (images, npz and html do), so a plot says False.
+        pictures: whether it shows pictures of the domain (`tracking.log_images=false` and `domain.sensitive` keep those
+        back); None decides by file type (images, npz and html do), so a plot says False.
         Raises RaygardError if `path` does not exist or `folder` is absolute or holds `..`.
         """
         if folder is not None and (PurePosixPath(folder).is_absolute() or re.search(r"(^|[/\\])\.\.([/\\]|$)", folder)):
@@ -318,20 +315,21 @@ class Tracker:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, config: TrackingConfig, run_dir: Path, run_name: str) -> Tracker:
+    def open(cls, config: TrackingConfig, run_dir: Path, run_name: str, *, sensitive: bool = False) -> Tracker:
         """Connect to the store; create the experiment; replay what an earlier attempt had to spool.
 
+        sensitive: no picture of the domain may be sent, whatever `config.log_images` says.
         Never raises for a store that cannot be reached: records are then spooled. `config.enabled=False`
         gives a tracker that does nothing.
         """
         run_dir = Path(run_dir).resolve()
-        tracker = cls(run_dir, run_name, enabled=config.enabled, log_images=config.log_images)
+        tracker = cls(run_dir, run_name, enabled=config.enabled, log_images=config.log_images and not sensitive)
         if not config.enabled:
             return tracker
         run_dir.mkdir(parents=True, exist_ok=True)
         tracker._state = state = _State(run_dir)
         state.data.update(
-            uri=config.tracking_uri and _without_secret(config.tracking_uri), experiment=config.experiment
+            uri=config.tracking_uri and without_credentials(config.tracking_uri), experiment=config.experiment
         )
         state.save()
         sha = git_sha()
@@ -430,10 +428,6 @@ def track_job(tracker: Tracker, parent: RunHandle, result: Mapping[str, Any]) ->
 
 def _first_line(error: Exception) -> str:
     return redact(str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
-
-
-def _without_secret(uri: str) -> str:
-    return redact(uri).replace("://***@", "://")
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

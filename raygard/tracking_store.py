@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raygard.redaction import redact
+
 
 def store_trouble(uri: str) -> str | None:
     """Why the MLflow store at `uri` cannot be used from here, in one line without credentials; None if it can.
 
     Credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, as MLflow reads them.
     """
-    from raygard.tracking import ENVIRONMENT, redact
+    from raygard.tracking import ENVIRONMENT
 
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     from mlflow import MlflowClient

@@ -18,8 +18,8 @@ from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import load_unet
 from raygard.domain import load_domain
-from raygard.pictures import read_pixels
 from raygard.mask import FreezeMask
+from raygard.pictures import read_pixels
 from raygard.store import Store
 
 CLASSES = {"a": "illegal", "b": "illegal", "c": "legal", "d": "legal"}

@@ -19,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raygard.cluster.trial import TRIAL, TrialInputs, read_point, read_record, run_trial, rung_times, shares
 from raygard.config import RunConfig
-from raygard.files import write_text
+from raygard.files import require_own, write_text
 from raygard.search.proxy import Evidence
 from raygard.search.space import Point, concurrent_trials, dimensions, grid, num_trials
 
@@ -185,6 +185,7 @@ def run_trials(config: RunConfig, inputs: TrialInputs, out: Path, listener: List
     _SESSION = Session(listener, _evidence(config, records), folder / DECISIONS)
     _SESSION.evidence.decisions += read_decisions(_SESSION.file)
     folder.mkdir(parents=True, exist_ok=True)
+    require_own(folder, whole=True)
     # While a trial learns it reports losses, and neither proxy nor score.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     # Tune would take the first Ctrl-C as "enough trials", and the search would choose among half of them.

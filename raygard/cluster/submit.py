@@ -17,6 +17,7 @@ from raygard.cluster.address import cluster_address, refused_token, require_answ
 from raygard.cluster.package import MIB, require_uploadable
 from raygard.cluster.session import environment
 from raygard.errors import ExitCode, RaygardError
+from raygard.redaction import holds_secret
 
 RETRY_S = 2.0
 # A dashboard that is restarted, or a tunnel that is opened again, is back sooner; the job does not notice either.
@@ -84,8 +85,16 @@ def submit(
     """Upload the working directory and start `command` in it on the cluster; return the job's id.
 
     num_cpus, num_gpus: reserved for the command's own process, beside what it starts.
-    Raises RaygardError if the directory is missing or larger than Ray takes.
+    Raises RaygardError if the directory is missing or larger than Ray takes, and if the command holds a secret: Ray
+    shows it to everyone who sees the dashboard.
     """
+    for number, argument in enumerate(command, start=1):
+        if holds_secret(argument):
+            raise RaygardError(
+                f"word {number} of the command holds a password or token, which the dashboard would show to everyone; "
+                "leave it out and set it in the environment of the cluster's nodes (MLFLOW_TRACKING_USERNAME, "
+                "MLFLOW_TRACKING_PASSWORD, HF_TOKEN)"
+            )
     package = require_uploadable(working_dir)
     log.info("uploading %d files, %.1f MiB", package.num_files, package.size_bytes / MIB)
     deadline = time.monotonic() + AGENT_S

@@ -19,6 +19,7 @@ from raygard.cluster.session import require_resources
 from raygard.cluster.worker import train_worker
 from raygard.config import RunConfig
 from raygard.errors import RaygardError
+from raygard.files import require_own
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -87,7 +88,8 @@ def fit(
 ) -> None:
     """Run `worker` with `job` and the configuration on `config.engine`'s workers, resuming what lies in `out`.
 
-    Raises RaygardError for a user's mistake inside a worker, and for a cluster that can never hold the workers.
+    Raises RaygardError for a user's mistake inside a worker, for a cluster that can never hold the workers, and if what
+    lies in `out` belongs to another user.
     """
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
@@ -96,6 +98,7 @@ def fit(
     require_resources(config.engine)
     engine = config.engine
     out.mkdir(parents=True, exist_ok=True)
+    require_own(out, whole=True)
     trainer = TorchTrainer(
         worker,
         train_loop_config={"config": config.model_dump(mode="json"), **job},

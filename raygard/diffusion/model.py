@@ -77,7 +77,9 @@ def _refuse_code(folder: Path, index: dict[str, Any]) -> None:
             continue
         library = source[0] if source else None
         if library not in LIBRARIES:
-            raise RaygardError(f"{folder / INDEX}: '{part}' is of {library!r}; raygard reads parts of diffusers and transformers only")
+            raise RaygardError(
+                f"{folder / INDEX}: '{part}' is of {library!r}; raygard reads parts of diffusers and transformers only"
+            )
         code = next(named_inside(folder, part, f"{folder / INDEX}: part").glob("*.py"), None)
         if code is not None:
             raise RaygardError(f"{code}: code of a model is never run; take it out if you trust the rest")

@@ -215,7 +215,8 @@ class FreezeMask:
         try:
             manifest = read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES)
         except OSError:
-            raise RaygardError(f"{folder} is not a mask: no readable {MANIFEST}") from None
+            kind = RaygardError if require_signature is None else SignatureError
+            raise kind(f"{folder} is not a mask: no readable {MANIFEST}") from None
         if require_signature is None:
             return cls._read(folder, manifest)
         check_signature(folder, manifest, require_signature)

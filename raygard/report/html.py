@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raygard.redaction import redact
 from raygard.report.plots import THEMES
-from raygard.tracking import redact
 
 
 def write_page(template: str, content: Mapping[str, Any], target: Path) -> Path:

@@ -11,13 +11,13 @@ import numpy as np
 
 from raygard.errors import RaygardError
 from raygard.outcome import bracket, compare_sentence
+from raygard.redaction import redact
 from raygard.report import plots
 from raygard.report.html import both_themes, data_uri, percent_bracket, run_facts, settings_list, write_page
 from raygard.report.layers import frozen_shares
 from raygard.report.load import Pictures, RunFiles
 from raygard.report.search_load import SEARCH
 from raygard.report.search_page import build_search_report
-from raygard.tracking import redact
 
 NUM_PROMPTS, CELL_PX = 6, 128
 GRID_DEFENCES = ("base", "none", "random", "random-matched", "freeze")
@@ -43,6 +43,8 @@ def build_report(run_dir: Path) -> Path:
 
 def _content(files: RunFiles) -> dict[str, Any]:
     outcome = files.outcome
+    # Reports are sent around. What a sensitive domain shows stays in the run directory.
+    sensitive = bool((files.config.get("domain") or {}).get("sensitive"))
     parts: dict[str, Any] = {
         "outcome": outcome,
         "headline": headline(outcome) if outcome else "This run has no outcome yet.",
@@ -51,7 +53,8 @@ def _content(files: RunFiles) -> dict[str, Any]:
         "table": _table(outcome) if outcome else [],
         "tradeoff": None,
         "blocked": None,
-        "grids": _grids(files),
+        "sensitive": sensitive,
+        "grids": [] if sensitive else _grids(files),
         "losses": None,
         "soft_mask": None,
         "heat_map": None,

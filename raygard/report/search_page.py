@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raygard.outcome import bracket, compare_sentence
+from raygard.redaction import redact
 from raygard.report import plots, search_findings, search_plots
 from raygard.report.html import both_themes, run_facts, settings_list, write_page
 from raygard.report.search_findings import describe, listing, varied_settings
@@ -15,7 +16,6 @@ from raygard.report.search_masks import agreement, blocks_by_p, mask_path
 from raygard.search.choice import measure
 from raygard.search.proxy import is_finite
 from raygard.search.tables import point_settings
-from raygard.tracking import redact
 
 Plot = dict[str, Any]
 

@@ -156,7 +156,9 @@ def _weight_readers(folder: Path, mask: FreezeMask, module: nn.Module) -> list[R
 def _pictures() -> list[bytes]:
     found = []
     for mode in ("RGB", "P", "RGBA", "L", "1", "I;16"):
-        picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert("L" if mode == "I;16" else mode)
+        picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(
+            "L" if mode == "I;16" else mode
+        )
         picture = picture.convert("I;16") if mode == "I;16" else picture
         for form in ENDINGS:
             buffer = io.BytesIO()

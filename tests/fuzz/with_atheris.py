@@ -22,5 +22,9 @@ if __name__ == "__main__":
     corpus.mkdir()
     for number, seed in enumerate(reader.seeds):
         (corpus / str(number)).write_bytes(seed)
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: None if reader(data) else None)
+
+    def one_input(data: bytes) -> None:
+        reader(data)
+
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
     atheris.Fuzz()

@@ -24,8 +24,8 @@ from raygard.domain import (
     part_sizes,
 )
 from raygard.errors import RaygardError
-from raygard.pictures import digest, read_picture, read_pixels
 from raygard.near_duplicates import group_near_duplicates, thumbnail
+from raygard.pictures import digest, read_picture, read_pixels
 
 Maker = Callable[..., Path]
 

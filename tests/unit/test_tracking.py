@@ -15,7 +15,8 @@ import pytest
 
 from raygard.config import TrackingConfig
 from raygard.errors import RaygardError
-from raygard.tracking import DOMAIN_TAG, MASK_TAG, SPOOL, STATE, Tracker, redact, sync
+from raygard.redaction import redact
+from raygard.tracking import DOMAIN_TAG, MASK_TAG, SPOOL, STATE, Tracker, sync
 
 OUR_VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 

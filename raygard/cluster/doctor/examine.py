@@ -20,7 +20,7 @@ from raygard.cluster.doctor.facts import collect
 from raygard.cluster.doctor.node import list_data
 from raygard.cluster.session import environment, ray_session
 from raygard.cluster.submit import follow, jobs_client, submit
-from raygard.config import RunConfig
+from raygard.config import RunConfig, public
 from raygard.errors import RaygardError, UnfitClusterError
 
 CONFIG_FILE = "doctor.yaml"
@@ -51,7 +51,7 @@ def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> li
             if _takes_anyone(address):
                 mend = "start its nodes with RAY_AUTH_MODE=token: whoever reaches it can run code on it"
                 return [Check("cluster", False, f"the cluster at {address} takes jobs without a token", mend)]
-            content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            content = yaml.safe_dump(public(config).model_dump(mode="json"), sort_keys=False)
             (Path(folder) / CONFIG_FILE).write_text(content, encoding="utf-8")
             command = ["python", "-m", "raygard.cli", "doctor", "--config", CONFIG_FILE, "--out", str(out), "--json"]
             job_id = submit(client, command, Path(folder))
