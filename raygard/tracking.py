@@ -230,7 +230,7 @@ class RunHandle:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log a flat mapping; keys are cut at 250 and values at 500 characters, secrets are taken out."""
-        cut = {str(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in values.items()}
+        cut = {redact(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in values.items()}
         self.tracker._submit({"op": "params", "run": self.key, "values": cut})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -244,7 +244,7 @@ class RunHandle:
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags, e.g. raygard.domain and raygard.mask_sha256."""
-        cut = {str(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in values.items()}
+        cut = {redact(k)[:MAX_KEY]: redact(v)[:MAX_VALUE] for k, v in values.items()}
         self.tracker._submit({"op": "tags", "run": self.key, "values": cut})
 
     def artifact(self, path: Path, folder: str | None = None, *, pictures: bool | None = None) -> None:
@@ -351,7 +351,7 @@ class Tracker:
 
         name: default is the tracker's run name. A run with a parent is nested under it in MLflow.
         """
-        name = name or self.run_name
+        name = redact(name or self.run_name)
         key = f"{parent.key}/{name}" if parent else name
         if self._state is not None:
             with self._lock:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from raygard.config import ModelConfig
+from raygard.config import ModelConfig, TrackingConfig
 from tests.letters import TOKENS, letter_tokenizer
 
 Maker = Callable[..., Path]
@@ -105,6 +105,16 @@ def tiny_maker() -> Maker:
 @pytest.fixture(scope="session")
 def imagefolder_maker() -> Maker:
     return make_imagefolder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow sqlite store without runs: its schema migrations take seconds, so they run once."""
+    from raygard.tracking import Tracker
+
+    folder = tmp_path_factory.mktemp("store")
+    Tracker.open(TrackingConfig(experiment="other"), folder, "none")
+    return folder / "mlflow.db"
 
 
 pytest_plugins = ["tests.ray_fixtures", "tests.search_fixtures"]

@@ -216,7 +216,8 @@ def test_keys_that_are_none(tmp_path: Path, signed: Path, key: Path) -> None:
     (tmp_path / "ec").write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     os.mkfifo(tmp_path / "pipe")
     for name, message in (("key", "is a private key; give its public half"), ("ec.pub", "of another kind"),
-                          ("none", "no public key"), ("missing", "cannot read key"), ("pipe", "not a file")):  # fmt: skip
+                          ("none", "no public key"), ("missing", "cannot read key"),
+                          ("pipe", "not a file")):  # fmt: skip
         with pytest.raises(RaygardError, match=message):
             FreezeMask.load(signed, require_signature=tmp_path / name)
     for name in ("ec", "none"):

@@ -21,14 +21,6 @@ from raygard.tracking import DOMAIN_TAG, MASK_TAG, SPOOL, STATE, Tracker, sync
 OUR_VARIABLES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """A sqlite store without runs: MLflow's schema migrations take seconds, so they run once."""
-    folder = tmp_path_factory.mktemp("store")
-    Tracker.open(TrackingConfig(experiment="other"), folder, "none")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
 def _prepared(monkeypatch, tmp_path, empty_store):
     for key, value in OUR_VARIABLES.items():
