@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -171,6 +172,9 @@ class EngineConfig(Section):
     """How training runs inside Ray Train and DeepSpeed."""
 
     num_workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(
+        None, ge=1, description="so few may go on when nodes are lost; null: exactly num_workers (docs/failures.md)"
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
     mixed_precision: Annotated[Literal["no", "bf16"], UNQUOTED_NO] = "no"
     use_gpu: bool = False
@@ -181,7 +185,33 @@ class EngineConfig(Section):
     checkpoints_total_limit: int = Field(2, ge=1)
     gradient_checkpointing: bool = False
     timeout_s: float = Field(1800.0, gt=0, description="collective timeout")
+    node_timeout_s: float = Field(
+        900.0, gt=0, description="after lost nodes: how long to wait for room for the workers before giving up"
+    )
     check_cluster: bool = Field(True, description="refuse a cluster that cannot run the job (docs/cluster-jobs.md)")
+
+    @property
+    def fewest_workers(self) -> int:
+        """How many workers there must be room for."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def worlds(self) -> range:
+        """Every number of workers that a run may have."""
+        return range(self.fewest_workers, self.num_workers + 1)
+
+    @property
+    def said_workers(self) -> str:
+        """What a global batch is divided by, in words."""
+        if len(self.worlds) == 1:
+            return "engine.num_workers"
+        return f"{math.lcm(*self.worlds)} for every number of workers from {self.worlds[0]} to {self.worlds[-1]}"
+
+    @model_validator(mode="after")
+    def _fewer_than_all(self) -> EngineConfig:
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(f"engine.min_workers {self.min_workers} is above engine.num_workers {self.num_workers}")
+        return self
 
 
 class GenerationConfig(Section):
@@ -358,18 +388,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
-        batch, workers = self.bilevel.train_batch_size, self.engine.num_workers
+        batch, workers = self.bilevel.train_batch_size, math.lcm(*self.engine.worlds)
         parts = 2 * workers * self.bilevel.gradient_accumulation_steps
         if batch % parts:
             raise ValueError(
                 f"bilevel.train_batch_size {batch} must be a multiple of {parts} "
-                "(2 roles x engine.num_workers x bilevel.gradient_accumulation_steps)"
+                f"(2 roles x {self.engine.said_workers} x bilevel.gradient_accumulation_steps)"
             )
         return self
 
     @model_validator(mode="after")
     def _values_can_be_trained(self) -> RunConfig:
-        self.values.check_run(self.domain.general, self.engine.num_workers)
+        self.values.check_run(self.domain.general, math.lcm(*self.engine.worlds), self.engine.said_workers)
         return self
 
 
@@ -377,6 +407,7 @@ class RunConfig(Section):
 SCHEDULING: dict[str, set[str]] = {
     "engine": {
         *("max_failures", "checkpoints_total_limit", "timeout_s", "cpus_per_worker", "torch_threads", "check_cluster"),
+        *("min_workers", "node_timeout_s"),
     },
     "evaluation": {
         *("cpus_per_job", "gpus_per_job", "actor_threads", "max_attempts", "item_timeout_s"),

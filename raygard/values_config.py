@@ -50,8 +50,11 @@ class ValuesConfig(Section):
                 raise ValueError(f"values.{key} has no effect with values.max_train_steps=0; remove it or train values")
         return self
 
-    def check_run(self, general: Sequence[str], num_workers: int) -> None:
-        """Raise ValueError if a run with these general classes and workers cannot train values."""
+    def check_run(self, general: Sequence[str], workers: int, said_workers: str) -> None:
+        """Raise ValueError if a run with these general classes and workers cannot train values.
+
+        workers: what the batch is divided by, and that in words.
+        """
         if not self.enabled:
             return
         if not general:
@@ -59,9 +62,9 @@ class ValuesConfig(Section):
                 "values.max_train_steps needs domain.general: name classes the base model was trained on, so that "
                 "training the values does not spoil them"
             )
-        parts = 4 * num_workers * self.gradient_accumulation_steps
+        parts = 4 * workers * self.gradient_accumulation_steps
         if self.train_batch_size % parts:
             raise ValueError(
                 f"values.train_batch_size {self.train_batch_size} must be a multiple of {parts} "
-                "(4 quarters x engine.num_workers x values.gradient_accumulation_steps)"
+                f"(4 quarters x {said_workers} x values.gradient_accumulation_steps)"
             )

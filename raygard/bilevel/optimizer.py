@@ -19,6 +19,7 @@ from raygard.bilevel.segments import ShardLayout
 
 StepKind = Literal["user", "publisher"]
 Reduce = Callable[[Tensor], None]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class BilevelOptimizer(torch.optim.Optimizer):
@@ -217,6 +218,43 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 worst = max(worst, float(gap.abs().max()))
         return worst
 
+    def sharded_state(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint must hold beside `shared_state`: for each kind one flat tensor for each shard.
+
+        "theta" and "theta_d" always; "exp_avg" and "exp_avg_sq" once Adam has taken a step.
+        """
+        found = {"theta": self.shards(), "theta_d": self.theta_d()}
+        for kind in MOMENTS:
+            if all(kind in self.state[shard] for shard in self._ops):
+                found[kind] = [self.state[shard][kind] for shard in self._ops]
+        return found
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What is equal on all ranks: the rule's state (logits) and the number of Adam's steps."""
+        steps = next(iter(self.state[shard].get("step", 0) for shard in self._ops))
+        return {**{f"mask.{key}": value for key, value in self._rule_state.items()}, "step": torch.tensor(steps)}
+
+    @torch.no_grad()
+    def restore(self, sharded: Mapping[str, Sequence[Tensor]], shared: Mapping[str, Tensor]) -> None:
+        """Take on the state that `sharded_state` and `shared_state` described, whatever the shards were then.
+
+        sharded: for each kind one flat tensor for each of the present shards. `bind` must have been called.
+        """
+        for index, shard in enumerate(self._ops):
+            shard.view(-1).copy_(sharded["theta"][index])
+            state: dict[str, Any] = {kind: values[index] for kind, values in sharded.items() if kind != "theta"}
+            if MOMENTS[0] in state:
+                state["step"] = int(shared["step"])
+            self.state[shard] = state
+        self._take_rule({key.removeprefix("mask."): value for key, value in shared.items() if key.startswith("mask.")})
+
+    def _take_rule(self, state: RuleState) -> None:
+        self._rule_state = {key: value.clone() for key, value in state.items()}
+        if self.rule is not None:
+            self._soft = self.rule.soft(self._rule_state)
+        for ops in self._ops.values():
+            ops.set_mask(self._soft)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the mask's logits and rule state under "mask"."""
         return {
@@ -227,11 +265,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore shards' states and the mask. `bind` must have been called; theta(m) itself is the caller's."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "mask"})
-        self._rule_state = {key: value.clone() for key, value in state_dict["mask"].items()}
-        if self.rule is not None:
-            self._soft = self.rule.soft(self._rule_state)
-        for ops in self._ops.values():
-            ops.set_mask(self._soft)
+        self._take_rule(state_dict["mask"])
 
 
 def _grad(shard: Tensor) -> Tensor:

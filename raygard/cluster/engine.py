@@ -1,9 +1,8 @@
-"""DeepSpeed around the bilevel optimizer: configuration, shard layout, checkpoints with checked hashes."""
+"""DeepSpeed around the bilevel optimizer: configuration and shard layout; and checkpoints by DeepSpeed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raygard.bilevel.alternation import DenoiserLoss
-from raygard.bilevel.optimizer import BilevelOptimizer
+from raygard.bilevel.optimizer import MOMENTS, BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
+from raygard.cluster.checkpoint import SavedState, save_state, write_manifest
 from raygard.config import BilevelConfig, EngineConfig, ValuesConfig
 from raygard.errors import RaygardError
-from raygard.files import sha256_file
 
 TAG = "state"
 PLAIN_LINEAR = torch.nn.functional.linear
@@ -57,7 +56,7 @@ def all_reduce_sum(values: Tensor) -> None:
 
 @dataclass
 class Checkpointed:
-    """A DeepSpeed engine whose checkpoints carry a count k of finished steps, and hashes."""
+    """A DeepSpeed engine with DeepSpeed's own checkpoints, which only as many workers can load as wrote them."""
 
     engine: Any
 
@@ -65,26 +64,26 @@ class Checkpointed:
         """Write this rank's files and a manifest of their hashes. Collective."""
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"k": k}, exclude_frozen_parameters=False)
         dist.barrier()
-        files = {
-            str(file.relative_to(folder)): sha256_file(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and not file.name.startswith("manifest-")
-        }
-        manifest = {"k": k, "rank": dist.get_rank(), "world_size": dist.get_world_size(), "files": files}
-        (folder / f"manifest-{dist.get_rank():05d}.json").write_text(json.dumps(manifest), encoding="utf-8")
+        write_manifest(folder, k, [file for file in sorted(folder.rglob("*")) if file.is_file()])
 
     def load(self, folder: Path) -> int:
-        """Restore weights and all that the optimizer keeps (theta_d, logits, moments); return k. Collective."""
+        """Restore weights and all that the optimizer keeps; return k. Collective."""
         _, client_state = self.engine.load_checkpoint(str(folder), tag=TAG)
         return int(client_state["k"])
 
 
 @dataclass
-class ShardedTraining(Checkpointed):
+class ShardedTraining:
     """An engine whose client optimizer is the bilevel optimizer, bound to its shards."""
 
+    engine: Any
     optimizer: BilevelOptimizer
     theta_pre: Mapping[str, Tensor]
+
+    def save(self, folder: Path, k: int) -> None:
+        """Write this rank's part of a checkpoint that any number of workers can go on from (`build`'s `saved`)."""
+        optimizer = self.optimizer
+        save_state(folder, k, optimizer.layout, optimizer.sharded_state(), optimizer.shared_state())
 
 
 def build(
@@ -95,11 +94,12 @@ def build(
     theta_ft: Mapping[str, Tensor],
     engine_config: EngineConfig,
     bilevel: BilevelConfig,
+    saved: SavedState | None = None,
 ) -> ShardedTraining:
     """Initialise DeepSpeed and bind the optimizer to this rank's shards. Collective.
 
-    unet holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. The process
-    group must exist (Ray Train made it).
+    unet holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. saved: a checkpoint
+    to go on from. The process group must exist (Ray Train made it).
     """
     parameters = dict(unet.named_parameters())
     named_sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -107,12 +107,18 @@ def build(
     soft = optimizer.initial_soft(len(parameters))
     with torch.no_grad():
         for (name, parameter), m in zip(parameters.items(), soft.tolist(), strict=True):
+            if saved is not None:
+                parameter.copy_(saved.read("theta", name, 0, parameter.numel()).view(parameter.shape))
+                continue
             difference = theta_pre[name].float() - theta_ft[name].float()
             parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
     engine = initialize(module, optimizer, engine_config, deepspeed_config(engine_config, bilevel))
     shards, layout = _find_shards(engine, parameters, named_sizes, engine_config.zero_stage)
     _check_layout(shards, layout, parameters, engine_config.zero_stage)
     optimizer.bind(shards, layout, theta_pre, theta_ft)
+    if saved is not None:
+        kinds = [kind for kind in ("theta", "theta_d", *MOMENTS) if saved.has(kind)]
+        optimizer.restore({kind: saved.fill(kind, layout, shards) for kind in kinds}, saved.shared)
     return ShardedTraining(engine, optimizer, theta_pre)
 
 
@@ -183,19 +189,3 @@ def _check_layout(shards: list[Tensor], layout: ShardLayout, full: Mapping[str, 
 def cpu_environment() -> None:
     """DeepSpeed on a machine without accelerator; must run before deepspeed is imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def checkpoint_is_whole(folder: Path, rank: int, world_size: int) -> str | None:
-    """Check the files this rank will read; return what is wrong, or None."""
-    manifest_path = folder / f"manifest-{rank:05d}.json"
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{manifest_path.name} is missing or damaged"
-    if manifest["world_size"] != world_size:
-        return f"it was written by {manifest['world_size']} workers, this run has {world_size}"
-    for name, digest in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or sha256_file(file) != digest:
-            return f"{name} is missing or torn"
-    return None

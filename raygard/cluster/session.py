@@ -140,15 +140,17 @@ def workers_fit(engine: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> s
 
     Raises RaygardError, with the arithmetic, if the nodes can never hold them.
     """
+    count = engine.fewest_workers
+    setting = "engine.num_workers" if engine.min_workers is None else "engine.min_workers"
     needs = {"CPU": engine.cpus_per_worker, "GPU": 1.0 if engine.use_gpu else 0.0}
     said = []
     for resource, each in needs.items():
         have = [node.get(resource, 0.0) for node in nodes]
-        amount, total, largest = engine.num_workers * each, sum(have), max(have, default=0.0)
+        amount, total, largest = count * each, sum(have), max(have, default=0.0)
         if amount > total + 1e-9:
             raise RaygardError(
-                f"{engine.num_workers} workers x {each:g} {resource} = {amount:g} {resource}, but the cluster has "
-                f"{total:g}; lower engine.num_workers or engine.cpus_per_worker, or add nodes"
+                f"{count} workers x {each:g} {resource} = {amount:g} {resource}, but the cluster has "
+                f"{total:g}; lower {setting} or engine.cpus_per_worker, or add nodes"
             )
         if each > largest + 1e-9:
             raise RaygardError(
@@ -156,13 +158,13 @@ def workers_fit(engine: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> s
                 "engine.cpus_per_worker, or add a larger node"
             )
         if each:
-            said.append(f"{engine.num_workers} workers x {each:g} {resource} = {amount:g} of {total:g}")
+            said.append(f"{count} workers x {each:g} {resource} = {amount:g} of {total:g}")
     # A worker cannot be split: what is left over on each node adds up to nothing.
     places = sum(int(min(node.get(name, 0.0) / each for name, each in needs.items() if each) + 1e-9) for node in nodes)
-    if places < engine.num_workers:
+    if places < count:
         one = " and ".join(f"{each:g} {name}" for name, each in needs.items() if each)
         raise RaygardError(
-            f"{engine.num_workers} workers of {one} each, but the nodes have room for {places} (a worker cannot be "
-            "split over nodes); lower engine.num_workers or engine.cpus_per_worker, or add nodes"
+            f"{count} workers of {one} each, but the nodes have room for {places} (a worker cannot be split over "
+            f"nodes); lower {setting} or engine.cpus_per_worker, or add nodes"
         )
     return ", ".join(said)

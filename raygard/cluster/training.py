@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +18,17 @@ from torch import Tensor
 from raygard.bilevel.segments import assemble
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.session import require_resources
-from raygard.cluster.worker import train_worker
-from raygard.config import RunConfig
+from raygard.cluster.worker import RUN_NAME, STORAGE, train_worker
+from raygard.config import EngineConfig, RunConfig
 from raygard.errors import RaygardError
 from raygard.files import require_own
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
 OnRow = Callable[[dict[str, Any]], None]
+# How often a run looks whether the cluster still has room for its workers.
+ROOM_POLL_S = 2.0
 
 
 def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None = None) -> Path:
@@ -45,7 +52,7 @@ def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None =
     save_file(assemble(parts, shapes), str(scratch))
     scratch.replace(target)
     shutil.rmtree(out / "parts")
-    shutil.rmtree(out / "ray", ignore_errors=True)
+    shutil.rmtree(out / STORAGE, ignore_errors=True)
     return target
 
 
@@ -72,7 +79,7 @@ def learn(
     }
     fit(config, train_worker, job, out, on_row, callbacks)
     arrays = load_file(str(out / "logits.safetensors"))
-    shutil.rmtree(out / "ray", ignore_errors=True)
+    shutil.rmtree(out / STORAGE, ignore_errors=True)
     if not torch.isfinite(arrays["logits"]).all():
         raise RaygardError("the mask's logits are not finite; lower mask.mask_lr")
     return arrays["logits"], arrays["soft"]
@@ -104,13 +111,13 @@ def fit(
         train_loop_config={"config": config.model_dump(mode="json"), **job},
         torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=engine.num_workers,
+            num_workers=engine.num_workers if len(engine.worlds) == 1 else (engine.fewest_workers, engine.num_workers),
             use_gpu=engine.use_gpu,
             resources_per_worker={"CPU": engine.cpus_per_worker, **({"GPU": 1} if engine.use_gpu else {})},
         ),
         run_config=TrainRunConfig(
-            name="train",
-            storage_path=str((out / "ray").resolve()),
+            name=RUN_NAME,
+            storage_path=str((out / STORAGE).resolve()),
             failure_config=FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=engine.checkpoints_total_limit),
             callbacks=list(callbacks),
@@ -118,12 +125,51 @@ def fit(
     )
     with follow_history(out / "history.jsonl", on_row):
         try:
-            trainer.fit()
+            fit_in_bounded_time(trainer, engine)
         except Exception as error:
             mistake = user_mistake(error)
             if mistake is None:
                 raise
             raise RaygardError(mistake) from None
+
+
+def fit_in_bounded_time(trainer: TorchTrainer, engine: EngineConfig) -> None:
+    """`trainer.fit()`, given up once the cluster has lacked room for its workers for `engine.node_timeout_s`.
+
+    Ray Train itself waits for ever for the nodes that an autoscaler may bring.
+    Raises what `fit` raises, and RaygardError after the time.
+    """
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    short_since = None
+    while True:
+        try:
+            error = ended.get(timeout=ROOM_POLL_S)
+        except queue.Empty:
+            pass
+        else:
+            if error is not None:
+                raise error
+            return
+        try:
+            require_resources(engine)
+            short_since = None
+        except RaygardError as short:
+            short_since = short_since or time.monotonic()
+            if time.monotonic() - short_since > engine.node_timeout_s:
+                raise RaygardError(
+                    f"nodes were lost and none came for {engine.node_timeout_s:g} s ({short}); the same command again "
+                    "goes on from the last checkpoint, also with fewer workers (--workers 1:N)"
+                ) from None
 
 
 class follow_history:

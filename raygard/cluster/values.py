@@ -6,6 +6,7 @@ alone; the rest of the model is run as it was released.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,15 +19,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raygard.bilevel.alternation import DenoiserLoss
+from raygard.cluster.checkpoint import read_manifest
 from raygard.cluster.engine import Checkpointed, all_reduce_sum, deepspeed_config, initialize
 from raygard.cluster.training import OnRow, fit
-from raygard.cluster.worker import RELEARN_STEPS_PER_UNIT, History, begin, resume, save_tensors
+from raygard.cluster.worker import (
+    RELEARN_STEPS_PER_UNIT,
+    STORAGE,
+    History,
+    Notice,
+    begin,
+    last_checkpoint,
+    save_tensors,
+)
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
 from raygard.values import NUM_BINS, ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
+
+log = logging.getLogger("raygard")
 
 RESULT = "values.safetensors"
 
@@ -44,7 +56,7 @@ def learn_values(
         job = {"cache": str(cache), "frozen": list(frozen), "out": str(out), "mask_seed": mask_seed}
         fit(config, values_worker, job, out, on_row)
     values = load_file(str(out / RESULT))
-    shutil.rmtree(out / "ray", ignore_errors=True)
+    shutil.rmtree(out / STORAGE, ignore_errors=True)
     for name, value in values.items():
         if not torch.isfinite(value).all():
             raise RaygardError(f"the values of '{name}' are not finite; lower values.learning_rate")
@@ -73,22 +85,40 @@ def values_worker(job: dict[str, Any]) -> None:
     plan = make_plan(config, rank, world_size)
     # The release is measured before a checkpoint is loaded, so that a resumed run divides by what a straight one does.
     objective = Objective.of(measure(training, source, plan), source.num_timesteps, config.values)
-    first_step = resume(training, ray.train.get_checkpoint(), rank, world_size)
+    first_step = _resume(training, last_checkpoint(out), world_size)
     history = History(out / "history.jsonl", first_step) if rank == 0 else None
     every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
+    notice = Notice()
     device = training.engine.device
     for record in train_values(training.engine, source, objective, plan, first_step=first_step, device=device):
         row = _row(record, device)
         if history is not None:
             history.write([row], {})
         done = record.step + 1
-        if done % every == 0 or done == plan.max_train_steps:
-            with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
+        noticed = done % RELEARN_STEPS_PER_UNIT == 0 and notice.arrived()
+        if noticed or done % every == 0 or done == plan.max_train_steps:
+            # Where the stage's end removes what a killed worker left.
+            with tempfile.TemporaryDirectory(prefix="rank-", dir=out / STORAGE) as folder:
                 training.save(Path(folder), done)
                 ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
     values = gather(unet, job["frozen"], keep=rank == 0)
     if rank == 0:
         save_tensors(values, out / RESULT)
+
+
+def _resume(training: Checkpointed, checkpoint: Path | None, world_size: int) -> int:
+    """Load a checkpoint of as many workers; return the step to go on from."""
+    if checkpoint is None:
+        return 0
+    writers = int(read_manifest(checkpoint)["world_size"])
+    if writers != world_size:
+        log.warning(
+            "training the values starts anew: the optimizer's state in %s is divided among %d workers, now there are "
+            "%d",
+            checkpoint.name, writers, world_size,
+        )  # fmt: skip
+        return 0
+    return training.load(checkpoint)
 
 
 def build_values(config: RunConfig, unet: nn.Module, loss: DiffusionLoss, frozen: Sequence[str]) -> Checkpointed:

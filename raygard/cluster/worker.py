@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alte
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
-from raygard.cluster.engine import Checkpointed, ShardedTraining, build, checkpoint_is_whole, cpu_environment
+from raygard.cluster.checkpoint import SavedState, newest_whole
+from raygard.cluster.engine import ShardedTraining, build, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
-from raygard.errors import RaygardError
 from raygard.mask.soft import select_frozen
 
 log = logging.getLogger("raygard")
@@ -32,6 +33,8 @@ log = logging.getLogger("raygard")
 DEFAULT_SPARSITY_WEIGHT = 5e3
 # Relearning has no publisher steps; its checkpoints come at the rhythm of the paper's L = 10.
 RELEARN_STEPS_PER_UNIT = 10
+# Ray Train's place for checkpoints in a stage's folder.
+STORAGE, RUN_NAME = "ray", "train"
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -42,20 +45,24 @@ def train_worker(job: dict[str, Any]) -> None:
     Outputs: history.jsonl (rank 0), parts/rank-*.safetensors (relearn) or logits.safetensors (learn).
     """
     import ray.train
+    import ray.train.collective
 
     config, rank, world_size = begin(job)
     relearning = job["stage"] == "relearn"
     out = Path(job["out"])
 
-    training, sizes = _set_up(config, job, relearning)
+    training, sizes, first_k = _set_up(config, job, relearning)
     optimizer = training.optimizer
     sources = batch_sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
     schedule = make_schedule(config, relearning, rank, world_size)
-    first_k = resume(training, ray.train.get_checkpoint(), rank, world_size)
     history = History(out / "history.jsonl", first_k) if rank == 0 else None
     device = training.engine.device
-    every = config.engine.checkpointing_steps * (RELEARN_STEPS_PER_UNIT if relearning else 1)
+    unit = RELEARN_STEPS_PER_UNIT if relearning else 1
+    every = config.engine.checkpointing_steps * unit
     last_k = schedule.publisher_steps - 1
+    notice = Notice()
+    # A step repeated after a torn checkpoint must not be kept, and one day deleted, under the torn one's name.
+    attempt = ray.train.collective.broadcast_from_rank_zero(secrets.token_hex(4))
 
     pending: list[StepRecord] = []
     for record in alternate(training.engine, optimizer, *sources, schedule, first_k=first_k, device=device):
@@ -68,16 +75,23 @@ def train_worker(job: dict[str, Any]) -> None:
         pending.clear()
         if history is not None:
             history.write(rows, extra)
-        if (k + 1) % every == 0 or k == last_k:
+        noticed = (k + 1) % unit == 0 and notice.arrived()
+        if noticed or (k + 1) % every == 0 or k == last_k:
             extra["invariant_error"] = optimizer.invariant_error(training.theta_pre)
-            with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
-                training.save(Path(folder), k + 1)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-                ray.train.report({"k": k + 1, **rows[-1], **extra}, checkpoint=checkpoint)
+            # Straight to its place: a copy of every checkpoint would cost its time again, and a killed worker would
+            # leave its half behind.
+            folder = out / STORAGE / RUN_NAME / f"checkpoint_{k + 1:08d}_{attempt}"
+            training.save(folder, k + 1)
+            ray.train.report(
+                {"k": k + 1, **rows[-1], **extra},
+                checkpoint=ray.train.Checkpoint.from_directory(folder.resolve()),
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            )
     _write_result(training, out, rank, relearning)
 
 
-def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[ShardedTraining, Tensor]:
+def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[ShardedTraining, Tensor, int]:
+    """The engine, the tensors' sizes, and the step to go on from."""
     unet = load_unet(config.model)
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -92,8 +106,18 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
         rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
         return make_optimizer(config, params, rule, reduce)
 
-    training = build(unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b)
-    return training, sizes
+    arguments = unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b
+    checkpoint = last_checkpoint(Path(job["out"]))
+    if checkpoint is None:
+        return build(*arguments), sizes, 0
+    with SavedState(checkpoint) as saved:
+        if saved.world_size != dist.get_world_size():
+            log.warning(
+                "%s was written by %d workers and goes on with %d: logits, theta_d and the optimizer's moments are "
+                "carried over exactly; from here on float sums are grouped otherwise",
+                checkpoint.name, saved.world_size, dist.get_world_size(),
+            )  # fmt: skip
+        return build(*arguments, saved), sizes, saved.k
 
 
 def make_optimizer(
@@ -155,7 +179,10 @@ def make_schedule(config: RunConfig, relearning: bool, rank: int, world_size: in
 
 
 def begin(job: dict[str, Any]) -> tuple[RunConfig, int, int]:
-    """Make this Ray Train worker's process ready; `job`'s configuration, rank and world size."""
+    """Make this Ray Train worker's process ready; `job`'s configuration, rank and world size.
+
+    The configuration's number of workers is the one there is, which an elastic run does not know before.
+    """
     import ray.train
 
     config = RunConfig.model_validate(job["config"])
@@ -163,30 +190,45 @@ def begin(job: dict[str, Any]) -> tuple[RunConfig, int, int]:
     if not config.engine.use_gpu:
         cpu_environment()
     context = ray.train.get_context()
-    return config, context.get_world_rank(), context.get_world_size()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    engine = config.engine.model_copy(update={"num_workers": world_size, "min_workers": None})
+    return config.model_copy(update={"engine": engine}), rank, world_size
 
 
-def resume(training: Checkpointed, checkpoint: Any, rank: int, world_size: int) -> int:
-    """Load the newest checkpoint that is whole on every rank; return the step to go on from, 0 without one."""
-    if checkpoint is None:
-        return 0
-    newest = Path(checkpoint.path)
-    candidates = [
-        newest,
-        *sorted((p for p in newest.parent.glob("checkpoint_*") if p < newest), reverse=True),
-    ]
-    for folder in candidates:
-        trouble = checkpoint_is_whole(folder, rank, world_size)
-        whole = torch.tensor([trouble is None], dtype=torch.int32, device=training.engine.device)
-        dist.all_reduce(whole, op=dist.ReduceOp.MIN)
-        if whole.item():
-            return training.load(folder)
-        log.warning(
-            "checkpoint %s is not usable (%s); trying the one before it",
-            folder.name,
-            trouble or "another rank",
-        )
-    raise RaygardError(f"no usable checkpoint in {newest.parent}; remove the folder to start over")
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of the stage in `out` that is whole, None at the start. Collective.
+
+    Halves that a killed attempt left behind are removed.
+    Raises RaygardError if there are checkpoints and none is whole.
+    """
+    import ray.train
+    import ray.train.torch
+
+    checkpoint = ray.train.get_checkpoint()
+    newest = None if checkpoint is None else Path(checkpoint.path)
+    if dist.get_rank() == 0:
+        for folder in (out / STORAGE / RUN_NAME).resolve().glob("checkpoint_*"):
+            if folder.is_dir() and (newest is None or folder > newest):
+                shutil.rmtree(folder)
+    return None if newest is None else newest_whole(newest, ray.train.torch.get_device())
+
+
+class Notice:
+    """Whether a node of this run is about to be taken away; told once, so that one more checkpoint is written."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def arrived(self) -> bool:
+        """Collective: every rank hears the same at the same call."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        if info is None or self._told:
+            return False
+        self._told = True
+        log.warning("ranks %s are about to lose their node; writing a checkpoint now", info.preempted_ranks)
+        return True
 
 
 def _average(records: list[StepRecord], device: torch.device) -> list[dict[str, Any]]:

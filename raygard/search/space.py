@@ -114,13 +114,17 @@ def concurrent_trials(config: RunConfig, have: dict[str, float]) -> int:
         "CPU": v.generators * v.generator_cpus + v.scorers * v.scorer_cpus,
         "GPU": v.generators * v.generator_gpus + v.scorers * v.scorer_gpus,
     }
+
     # A trial first learns, then lets its users adapt: it needs the larger of the two.
-    need = {
-        "CPU": max(e.num_workers * e.cpus_per_worker, v.cpus_per_job),
-        "GPU": max(float(e.num_workers) if e.use_gpu else 0.0, v.gpus_per_job),
-    }
+    def trial(workers: int) -> dict[str, float]:
+        return {
+            "CPU": max(workers * e.cpus_per_worker, v.cpus_per_job),
+            "GPU": max(float(workers) if e.use_gpu else 0.0, v.gpus_per_job),
+        }
+
+    wanted = trial(e.num_workers)
     fits = [config.search.max_concurrent_trials or math.inf]
-    for resource, amount in need.items():
+    for resource, amount in trial(e.fewest_workers).items():
         left = have.get(resource, 0.0) - reserved[resource]
         if amount > left + 1e-9:
             raise RaygardError(
@@ -129,5 +133,5 @@ def concurrent_trials(config: RunConfig, have: dict[str, float]) -> int:
                 f"(evaluation.generator_{resource.lower()}s, scorer_{resource.lower()}s), or add nodes"
             )
         if amount > 0:
-            fits.append(int(left / amount + 1e-9))
+            fits.append(max(1, int(left / wanted[resource] + 1e-9)))
     return int(min(fits))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from raygard.bilevel.batches import BatchSource  # noqa: E402
 from raygard.bilevel.optimizer import BilevelOptimizer  # noqa: E402
 from raygard.bilevel.rules import RuleSettings, make_rule  # noqa: E402
 from raygard.bilevel.segments import ShardLayout  # noqa: E402
+from raygard.cluster.checkpoint import SavedState, newest_whole  # noqa: E402
 from raygard.cluster.engine import ShardedTraining, build  # noqa: E402
 from raygard.config import BilevelConfig, EngineConfig  # noqa: E402
 from raygard.diffusion.cache import load_cache  # noqa: E402
@@ -77,18 +77,16 @@ def sharded(
     resume: Path | None = None,
     save: Path | None = None,
     accumulation: int = 1,
-    resume_with=None,
 ) -> dict[str, object]:
     """One DeepSpeed run on this rank's shard."""
     world, rank = dist.get_world_size(), dist.get_rank()
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
     engine = EngineConfig(num_workers=world, zero_stage=stage, mixed_precision=precision)
     bilevel = BilevelConfig(train_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation)
-    training: ShardedTraining = build(unet, module, factory, pre, ft, engine, bilevel)
+    with SavedState(resume) if resume is not None else nullcontext() as saved:
+        training: ShardedTraining = build(unet, module, factory, pre, ft, engine, bilevel, saved)
+    first_k = 0 if saved is None else saved.k
     optimizer = training.optimizer
-    first_k = training.load(resume) if resume is not None else 0
-    if resume_with is not None:
-        first_k = resume_with(training)
     calls: list[int] = []
     counted: dict[str, set[int]] = {"user": set(), "publisher": set()}
     original = dist.all_reduce
@@ -120,59 +118,30 @@ def sharded(
         "logits": optimizer.logits.clone(),
         "pieces": optimizer.layout.pieces(optimizer.shards()),
         "theta_d": optimizer.layout.pieces(optimizer.theta_d()),
+        "state": {
+            **{kind: optimizer.layout.pieces(shards) for kind, shards in optimizer.sharded_state().items()},
+            "shared": {name: value.clone() for name, value in optimizer.shared_state().items()},
+        },
         "invariant": optimizer.invariant_error(pre),
         "collectives": counted,
     }
 
 
-def merge(own: Path, shared: Path) -> None:
-    """Copy this rank's files beside those of the others, which do the same at the same moment."""
-    # `cp -r` loses a rank's files when two of them make the same folder at once.
-    shutil.copytree(own, shared, dirs_exist_ok=True)
-
-
 def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int) -> dict[str, object]:
     """Save two checkpoints, truncate a file of the newer one, and see which one is resumed."""
-    from types import SimpleNamespace
-
-    from raygard.cluster.worker import resume as resume_newest
-
     storage = root / f"torn-{world}"
     folders = [storage / "checkpoint_1", storage / "checkpoint_2"]
     for folder, rounds in zip(folders, (2, 4), strict=True):
-        with tempfile.TemporaryDirectory() as own:
-            sharded(root, stage, precision, user_optimizer, rounds=rounds, save=Path(own))
-            folder.mkdir(parents=True, exist_ok=True)
-            merge(Path(own), folder)
-            dist.barrier()
-    newest = SimpleNamespace(path=str(folders[1]))
-    resumed = [
-        sharded(
-            root,
-            stage,
-            precision,
-            user_optimizer,
-            rounds=0,
-            resume_with=lambda t: resume_newest(t, newest, dist.get_rank(), world),
-        )
-    ]
+        sharded(root, stage, precision, user_optimizer, rounds=rounds, save=folder)
+    resumed = [sharded(root, stage, precision, user_optimizer, rounds=0, resume=newest_whole(folders[1]))]
     dist.barrier()
-    for folder, victims in ((folders[1], "*optim_states.pt"), (folders[0], "*model_states.pt")):
+    for folder in reversed(folders):
         if dist.get_rank() == 0:
-            victim = sorted((folder / "state").glob(victims))[0]
+            victim = folder / "state-00001.safetensors"
             os.truncate(victim, victim.stat().st_size // 2)
         dist.barrier()
         try:
-            resumed.append(
-                sharded(
-                    root,
-                    stage,
-                    precision,
-                    user_optimizer,
-                    rounds=0,
-                    resume_with=lambda t: resume_newest(t, newest, dist.get_rank(), world),
-                )
-            )
+            resumed.append(sharded(root, stage, precision, user_optimizer, rounds=0, resume=newest_whole(folders[1])))
         except ValueError as error:
             resumed.append({"error": str(error)})
         dist.barrier()
@@ -200,15 +169,17 @@ def main() -> None:
         name, stage, precision, user_optimizer, *rest = item.split(":")
         stage = int(stage)
         if rest and rest[0] == "resume":
-            with tempfile.TemporaryDirectory() as own:
-                # Each rank saves into a folder of its own, as under Ray Train, and loads from the merged one.
-                half = sharded(root, stage, precision, user_optimizer, rounds=ROUNDS // 2, save=Path(own))
-                merged = root / f"merged-{name}-{world}"
-                merged.mkdir(exist_ok=True)
-                merge(Path(own), merged)
-                dist.barrier()
-            results[name] = sharded(root, stage, precision, user_optimizer, resume=merged)
+            folder = root / f"half-{name}-{world}"
+            half = sharded(root, stage, precision, user_optimizer, rounds=ROUNDS // 2, save=folder)
+            results[name] = sharded(root, stage, precision, user_optimizer, resume=folder)
             results[name]["half"] = half["logits"]
+            results[name]["half_state"] = half["state"]
+        elif rest and rest[0] == "carried":
+            # What another world left halfway, at whatever stage.
+            folder = root / rest[1]
+            taken = sharded(root, stage, precision, user_optimizer, rounds=0, resume=folder)
+            results[name] = sharded(root, stage, precision, user_optimizer, resume=folder)
+            results[name]["half_state"] = taken["state"]
         elif rest and rest[0] == "torn":
             results[name] = torn(root, stage, precision, user_optimizer, world)
         else:

@@ -29,8 +29,10 @@ TORN = "torn2:2:no:adamw:torn"
 PLANS = {
     1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
     2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2",
-        "resume2:2:no:adamw:resume", "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume"],
-    4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd"],
+        "resume2:2:no:adamw:resume", "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume",
+        "carried2:2:no:adamw:carried:half-resume2-1"],
+    4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd", "carried3:3:no:adamw:carried:half-resume2-2",
+        "carried2:2:no:adamw:carried:half-resume0-1"],
 }  # fmt: skip
 
 
@@ -81,14 +83,17 @@ def test_logits_equal_the_dense_run(results, reference, world: int, name: str, u
         torch.testing.assert_close(rank[name]["logits"], reference[user]["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("world", "name", "user"), cases("no"))
-def test_weights_equal_the_dense_run(root, results, reference, world: int, name: str, user: str) -> None:
+def shapes(root: Path) -> dict[str, tuple[int, ...]]:
     from raygard.config import ModelConfig
     from raygard.diffusion.model import load_unet
 
     unet = load_unet(ModelConfig(pretrained_model_name_or_path=str(root / "sd")))
-    shapes = {n: tuple(p.shape) for n, p in unet.named_parameters()}
-    theta = assemble([rank[name]["pieces"] for rank in results[world]], shapes)
+    return {name: tuple(p.shape) for name, p in unet.named_parameters()}
+
+
+@pytest.mark.parametrize(("world", "name", "user"), cases("no"))
+def test_weights_equal_the_dense_run(root, results, reference, world: int, name: str, user: str) -> None:
+    theta = assemble([rank[name]["pieces"] for rank in results[world]], shapes(root))
     flat = torch.cat([tensor.reshape(-1) for tensor in theta.values()])
     torch.testing.assert_close(flat, reference[user]["theta"], rtol=0, atol=2e-4)
 
@@ -133,6 +138,24 @@ def test_resume_is_bitwise_the_straight_run(results, world: int, resumed: str, s
         for kind in ("pieces", "theta_d"):
             for name, (_, values) in rank[straight][kind].items():
                 assert torch.equal(rank[resumed][kind][name][1], values)
+
+
+@pytest.mark.parametrize(
+    ("world", "carried", "writers", "half"),
+    [(2, "carried2", 1, "resume2"), (4, "carried3", 2, "resume2"), (4, "carried2", 1, "resume0")],
+)
+def test_another_world_takes_on_the_state_by_name_bit_for_bit(
+    root, results, world: int, carried: str, writers: int, half: str
+) -> None:
+    left = [rank[half]["half_state"] for rank in results[writers]]
+    taken = [rank[carried]["half_state"] for rank in results[world]]
+    assert {"theta", "theta_d", "exp_avg", "exp_avg_sq", "shared"} == set(left[0]) == set(taken[0])
+    for kind in ("theta", "theta_d", "exp_avg", "exp_avg_sq"):
+        before, after = (assemble([rank[kind] for rank in ranks], shapes(root)) for ranks in (left, taken))
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    for rank in taken:
+        assert {"mask.logits", "step"} <= set(rank["shared"]) == set(left[0]["shared"])
+        assert all(torch.equal(rank["shared"][name], value) for name, value in left[0]["shared"].items())
 
 
 def test_a_torn_checkpoint_falls_back_to_the_one_before(results) -> None:

@@ -205,9 +205,9 @@ def check_memory(config: RunConfig, terms: Mapping[str, int] | str, nodes: Seque
         if not free:
             return Check("memory", False, f"{said}; no node shows a GPU", "install NVIDIA's driver and container tools")
         usable = [entry for entry in free if entry[1] >= need]
-        if len(usable) < engine.num_workers:
+        if len(usable) < engine.fewest_workers:
             name, most = max(free, key=lambda entry: entry[1])
-            found = f"{len(usable)} of {len(free)} GPUs have that free, {engine.num_workers} are needed"
+            found = f"{len(usable)} of {len(free)} GPUs have that free, {engine.fewest_workers} are needed"
             mend = "end what holds them, or raise engine.zero_stage or gradient_accumulation_steps, or set bf16"
             return Check("memory", False, f"{said}; {found} (most: {most / GIB:.1f} GiB on {name})", mend)
         return Check("memory", True, f"{said}; {len(usable)} of {len(free)} GPUs have that free ({NOT_COVERED})")

@@ -71,10 +71,10 @@ def worker_memory(config: RunConfig) -> dict[str, int]:
     return estimate_memory(
         shape.num_params,
         zero_stage=engine.zero_stage,
-        num_workers=engine.num_workers,
+        num_workers=engine.fewest_workers,
         mixed_precision=engine.mixed_precision,
         user_optimizer=b.user_optimizer,
-        samples_per_worker=b.train_batch_size // (engine.num_workers * b.gradient_accumulation_steps),
+        samples_per_worker=b.train_batch_size // (engine.fewest_workers * b.gradient_accumulation_steps),
         saved_elements=shape.saved_elements,
         host=not engine.use_gpu,
     )
