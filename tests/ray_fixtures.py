@@ -51,7 +51,13 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def setting(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker, ray_cluster) -> Setting:
+def setting(material: Setting, ray_cluster) -> Setting:
+    return material
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Setting:
+    """A setting for those who bring a cluster of their own."""
     from safetensors.torch import save_file
 
     root = tmp_path_factory.mktemp("ray")

@@ -1,4 +1,4 @@
-"""A small multi-node Ray cluster on one machine: `python clusters/local/cluster.py start|stop [--folder FOLDER]`.
+"""A small multi-node Ray cluster on one machine: `python clusters/local/cluster.py start|add|stop [--folder FOLDER]`.
 
 The head does no work; every worker is a Ray node of its own. The dashboard listens on loopback only; Ray's other ports
 listen on every interface, as Ray has it, and all want the token. What was started is stopped by process id: another Ray
@@ -39,9 +39,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("start", help="start a head and workers, print how to use them")
     starting.add_argument("--workers", type=int, default=2, help="nodes beside the head")
-    starting.add_argument("--cpus", type=int, default=1, help="of each worker")
-    stopping = commands.add_parser("stop", help="stop exactly what `start` started")
-    for command in (starting, stopping):
+    adding = commands.add_parser("add", help="add workers to what `start` started")
+    adding.add_argument("--workers", type=int, default=1)
+    for command in (starting, adding):
+        command.add_argument("--cpus", type=int, default=1, help="of each worker")
+    stopping = commands.add_parser("stop", help="stop exactly what `start` and `add` started")
+    for command in (starting, adding, stopping):
         command.add_argument("--folder", type=Path, default=Path("runs/local-cluster"), help="state, token and logs")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -49,6 +52,8 @@ def main() -> None:
         stop(folder)
     elif min(arguments.workers, arguments.cpus) < 1:
         sys.exit("a cluster needs at least one worker, with at least one CPU")
+    elif arguments.command == "add":
+        add(folder, arguments.workers, arguments.cpus)
     else:
         start(folder, arguments.workers, arguments.cpus)
 
@@ -58,10 +63,9 @@ def start(folder: Path, workers: int, cpus: int) -> None:
     if (folder / "cluster.json").exists():
         sys.exit(f"{folder} holds a cluster already; stop it first: python {sys.argv[0]} stop --folder {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    token = folder / "token"
-    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with os.fdopen(os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    gcs, dashboard, client, *agents = _free_ports(4 + workers)
+    gcs, dashboard, client = _free_ports(3)
     state: dict[str, Any] = {
         "mark": secrets.token_hex(8),
         # Ray's socket paths must stay under 108 bytes, which a run directory need not.
@@ -70,49 +74,36 @@ def start(folder: Path, workers: int, cpus: int) -> None:
         "dashboard": f"http://{LOOPBACK}:{dashboard}",
         "processes": [],
     }
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    bin_folder = str(Path(sys.executable).parent)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # A job says `python`: it must find the interpreter that raygard is installed for.
-    environment |= {**variables, MARK: state["mark"], "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
-
-    def node(name: str, *options: str) -> None:
-        command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
-            f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={agents.pop()}", *options,
-        ]  # fmt: skip
-        with (folder / f"{name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        state["processes"].append([process.pid, psutil.Process(process.pid).create_time()])
-        (folder / "cluster.json").write_text(json.dumps(state, indent=1))
-
     try:
-        node(
-            "head", "--head", f"--port={gcs}", "--num-cpus=0", "--num-gpus=0", f"--dashboard-host={LOOPBACK}",
-            f"--dashboard-port={dashboard}", "--include-dashboard=true", f"--ray-client-server-port={client}",
-            f"--temp-dir={state['temp_dir']}",
+        _start_node(
+            folder, state, "head", "--head", f"--port={gcs}", "--num-cpus=0", "--num-gpus=0",
+            f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+            f"--ray-client-server-port={client}", f"--temp-dir={state['temp_dir']}",
         )  # fmt: skip
         _wait_for_nodes(folder, state, 1)
-        for number in range(1, workers + 1):
-            # A folder of its own, as on a machine of its own: nodes unpack a job's working directory there, and
-            # whoever comes second would take it from under the first.
-            own = f"--temp-dir={state['temp_dir']}/{number}"
-            node(f"worker-{number}", f"--address={state['address']}", own, f"--num-cpus={cpus}", "--num-gpus=0")
-        _wait_for_nodes(folder, state, 1 + workers)
+        _start_workers(folder, state, workers, cpus)
     except BaseException:
         stop(folder)
         raise
-    exports = {**variables, "RAY_ADDRESS": state["dashboard"]}
+    exports = {**_variables(folder), "RAY_ADDRESS": state["dashboard"]}
     (folder / "env.sh").write_text("".join(f"export {name}='{value}'\n" for name, value in exports.items()))
     print(f"{workers} workers with {cpus} CPU each; dashboard {state['dashboard']}")
     print(f"use it:  source {folder}/env.sh\n         ray job submit --working-dir . -- python jobs/search.py ...")
     print(f"stop it: python {sys.argv[0]} stop --folder {folder}")
 
 
+def add(folder: Path, workers: int, cpus: int) -> None:
+    """Add `workers` nodes of `cpus` CPUs to the cluster of `folder`."""
+    try:
+        state = json.loads((folder / "cluster.json").read_text())
+    except FileNotFoundError:
+        sys.exit(f"{folder} holds no cluster; start one first")
+    _start_workers(folder, state, workers, cpus)
+    print(f"{workers} more workers with {cpus} CPU each")
+
+
 def stop(folder: Path) -> None:
-    """Stop exactly the processes that `start` recorded in `folder`, and their descendants, if there are any."""
+    """Stop exactly the processes that `start` and `add` recorded in `folder`, and their descendants, if any."""
     try:
         state = json.loads((folder / "cluster.json").read_text())
     except FileNotFoundError:
@@ -136,11 +127,44 @@ def stop(folder: Path) -> None:
     print(f"stopped {len(state['processes'])} nodes; logs of `ray start` are in {folder}")
 
 
-def _wait_for_nodes(folder: Path, state: dict[str, Any], count: int) -> None:
+def _variables(folder: Path) -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+
+
+def _start_node(folder: Path, state: dict[str, Any], name: str, *options: str) -> None:
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # A job says `python`: it must find the interpreter that raygard is installed for.
+    path = f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment |= {**_variables(folder), MARK: state["mark"], "PATH": path}
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+        f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={_free_ports(1)[0]}", *options,
+    ]  # fmt: skip
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    state["processes"].append([process.pid, psutil.Process(process.pid).create_time()])
+    (folder / "cluster.json").write_text(json.dumps(state, indent=1))
+
+
+def _start_workers(folder: Path, state: dict[str, Any], workers: int, cpus: int) -> None:
+    before, first = _alive_nodes(state["dashboard"], (folder / "token").read_text()), len(state["processes"])
+    for number in range(first, first + workers):
+        # A folder of its own, as on a machine of its own: nodes unpack a job's working directory there, and whoever
+        # comes second would take it from under the first.
+        own = f"--temp-dir={state['temp_dir']}/{number}"
+        address = f"--address={state['address']}"
+        _start_node(folder, state, f"worker-{number}", address, own, f"--num-cpus={cpus}", "--num-gpus=0")
+    _wait_for_nodes(folder, state, before + workers, first)
+
+
+def _wait_for_nodes(folder: Path, state: dict[str, Any], count: int, first: int = 0) -> None:
     token = (folder / "token").read_text()
     deadline = time.monotonic() + START_TIMEOUT_S
     while _alive_nodes(state["dashboard"], token) < count:
-        for number, (pid, created) in enumerate(state["processes"]):
+        for number, (pid, created) in enumerate(state["processes"][first:], first):
             if _process(pid, created) is None:
                 log = folder / ("head.log" if number == 0 else f"worker-{number}.log")
                 sys.exit(f"a node ended while it started; the end of {log}:\n{log.read_text()[-2000:]}")

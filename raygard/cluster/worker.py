@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.files import readable_disk_errors, scratch, write_text
 from raygard.mask.soft import select_frozen
 
 log = logging.getLogger("raygard")
@@ -260,7 +260,6 @@ class History:
 
     def __init__(self, path: Path, first_k: int) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -269,13 +268,11 @@ class History:
                         kept.append(line + "\n")
                 except ValueError:
                     break
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, "".join(kept))
 
     def write(self, rows: list[dict[str, Any]], extra: dict[str, float]) -> None:
         lines = [json.dumps(row if row is not rows[-1] else {**row, **extra}) + "\n" for row in rows]
-        with self.path.open("a", encoding="utf-8") as stream:
+        with readable_disk_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write("".join(lines))
 
 
@@ -293,8 +290,6 @@ def _write_result(training: ShardedTraining, out: Path, rank: int, relearning: b
 
 
 def save_tensors(arrays: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    save_file(arrays, str(scratch))
-    os.replace(scratch, path)
+    """Write a safetensors file whole or not at all. Raises RaygardError if the disk is full."""
+    with scratch(path) as unfinished:
+        save_file(arrays, str(unfinished))

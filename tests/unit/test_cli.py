@@ -19,6 +19,7 @@ from torch import nn
 import raygard as package
 from raygard import cli
 from raygard.cli_flow import open_flow
+from raygard.cli_options import resolve_config
 from raygard.config_file import load_config
 from raygard.errors import ExitCode
 from raygard.mask import FreezeMask
@@ -93,6 +94,12 @@ def test_the_resolved_configuration_can_be_printed_and_read_back(raygard: Runner
         (["learn", "--out", "x", "--workers", "two"], "'--workers'"),
         (["learn", "--out", "x", "--workers", "0"], "engine.num_workers"),
         (["learn", "--out", "x", "--workers", "3"], "must be a multiple of 6"),
+        (["learn", "--out", "x", "--workers", "4:"], "'--workers'"),
+        (["learn", "--out", "x", "--workers", "2:1"], "engine.min_workers 2 is above engine.num_workers 1"),
+        (
+            ["learn", "--out", "x", "--workers", "1:4"],
+            "multiple of 24 (2 roles x 12 for every number of workers from 1",
+        ),
         (["learn", "--out", "x", "--zero-stage", "4"], "engine.zero_stage"),
         (["learn", "--out", "x", "--config", "none.yaml"], "cannot read configuration none.yaml"),
         (["run", "--out", "x", "mask.freeze_ratio=0"], "mask.freeze_ratio: input should be greater than 0"),
@@ -396,3 +403,9 @@ def test_learnings_workers_are_asked_for_only_where_something_is_learned(
     config = load_config(None, ["domain.illegal=[Noto Line]", f"evaluation.defences={defences}"])
     with open_flow(config, tmp_path / "out", True, learns=learns):
         assert ("workers" in asked, "learn" in asked, "evaluate" in asked) == (needed, needed, True)
+
+
+@pytest.mark.parametrize(("workers", "expected"), [("4", (None, 4)), ("1:2", (1, 2)), (None, (None, 1))])
+def test_workers_are_a_number_or_a_range(workers: str | None, expected: tuple[int | None, int]) -> None:
+    engine = resolve_config(None, None, workers=workers).engine
+    assert (engine.min_workers, engine.num_workers) == expected

@@ -90,6 +90,7 @@ def test_values_are_yaml_as_people_write_it(override: str, expected: object) -> 
         ("engine.mixed_precision=fp8", ("engine.mixed_precision", "'no' or 'bf16'", "got 'fp8'")),
         ("engine.num_workers=0", ("engine.num_workers", "greater than or equal to 1", "got 0")),
         ("engine.num_workers=3", ("bilevel.train_batch_size 16 must be a multiple of 6",)),
+        ("engine.min_workers=2", ("engine.min_workers 2 is above engine.num_workers 1",)),
         ("adapt.lr_scheduler=cosin", ("adapt.lr_scheduler", "'cosine'", "got 'cosin'")),
         ("domain.illegal=[]", ("domain.illegal", "at least 1", "got []")),
         ("domain.illegal=Fluent 3D", ("domain.illegal", "needs a list such as [a, b]", "got 'Fluent 3D'")),
@@ -232,6 +233,8 @@ def test_every_changed_value_that_decides_changes_the_hash_and_one_flat_key() ->
         "tracking.enabled=false",
         "evaluation.item_timeout_s=7",
         "search.max_concurrent_trials=3",
+        "engine.min_workers=1",
+        "engine.node_timeout_s=60",
         "engine.max_failures=9",
     ],
 )

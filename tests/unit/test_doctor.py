@@ -59,6 +59,12 @@ REMOTE = ("tracking.tracking_uri=http://m:5000",)
         ("versions", (), the_facts(a_node("a"), a_node("b", versions={**VERSIONS, "ray": "2.59.0"})), "2.59.0 on b"),
         ("versions", (), the_facts(a_node("a", versions={"python": "3.11.7"})), "ray missing on a"),
         ("resources", ("engine.num_workers=8",), the_facts(), "8 workers x 1 CPU = 8 CPU, but the cluster has 4"),
+        (
+            "resources",
+            ("engine.num_workers=8", "engine.min_workers=4", "bilevel.train_batch_size=1680"),
+            the_facts(),
+            "",
+        ),
         ("resources", ("engine.cpus_per_worker=3",), the_facts(), "one worker needs 3 CPU"),
         ("resources", ("engine.cpus_per_worker=1.5", "engine.num_workers=2"), the_facts(), ""),
         ("resources", ("evaluation.generators=9", "evaluation.generator_cpus=1"), the_facts(), "9 generators x 1"),

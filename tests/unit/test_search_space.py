@@ -76,6 +76,7 @@ def test_milestones_end_with_the_full_adaptation() -> None:
         ({"CPU": 8.0}, ["engine.num_workers=2"], 4),
         ({"CPU": 8.0}, ["engine.num_workers=2", "search.max_concurrent_trials=3"], 3),
         ({"CPU": 8.0}, ["search.max_concurrent_trials=99"], 8),
+        ({"CPU": 3.0}, ["engine.num_workers=4", "engine.min_workers=2", "bilevel.train_batch_size=24"], 1),
         ({"CPU": 64.0, "GPU": 9.0}, ["engine.use_gpu=true", "engine.num_workers=4"], 2),
         ({"CPU": 64.0, "GPU": 8.0}, ["engine.use_gpu=true", "engine.num_workers=4", "evaluation.generator_gpus=1"], 1),
     ],
@@ -87,6 +88,7 @@ def test_concurrent_trials_follow_the_cluster(have, overrides, expected: int) ->
 @pytest.mark.parametrize(
     ("have", "overrides", "says"),
     [
+        ({"CPU": 1.0}, ["engine.num_workers=2", "engine.min_workers=2"], "one trial needs 2 CPU"),
         ({"CPU": 1.0}, ["engine.num_workers=4"], "one trial needs 4 CPU and the evaluation actors hold 0"),
         ({"CPU": 2.0}, ["engine.num_workers=2", "evaluation.generator_cpus=0.5"], "hold 0.5, but the cluster has 2"),
         (
