@@ -54,7 +54,7 @@ def end_group(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def test_same_command_again_finishes_and_repeats_nothing(setting, tmp_path) -> None:
+def test_same_command_again_finishes_and_repeats_nothing(setting, tmp_path, report_fault) -> None:
     out = tmp_path / "run"
     process = start(setting, out)
     deadline = time.monotonic() + 400
@@ -67,7 +67,11 @@ def test_same_command_again_finishes_and_repeats_nothing(setting, tmp_path) -> N
     stages = {file: file.stat().st_mtime_ns for file in out.rglob("_SUCCESS.json")}
     assert len(finished) >= 2 and len(stages) == 2
 
+    started = time.monotonic()
     again = start(setting, out)
+    while len(list(jobs.glob("*/result.json"))) <= len(finished) and again.poll() is None:
+        time.sleep(0.1)
+    report_fault("driver killed, same command again", "adaptations under way", time.monotonic() - started)
     output = again.communicate(timeout=500)[0]
     assert again.returncode == 0, output[-3000:]
     for file, written in {**finished, **stages}.items():

@@ -1,19 +1,20 @@
-"""A worker is really killed in the middle of learning; the run finishes by itself with the same logits."""
+"""A worker is really killed in the middle of learning, and a checkpoint is really torn; the logits are the same."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from raygard.cluster.checkpoint import find_damage
+from tests.faults.nodes import Watch
+
 pytestmark = pytest.mark.faults
+
+TWO_SHARDED = ("engine.num_workers=2", "engine.zero_stage=3")
 
 
 def workers() -> list[psutil.Process]:
@@ -27,34 +28,55 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-class Killer(threading.Thread):
-    """SIGKILLs one training worker once history shows publisher step `k`."""
-
-    def __init__(self, history: Path, k: int) -> None:
-        super().__init__(daemon=True)
-        self.history, self.k, self.victim, self.done = history, k, None, threading.Event()
-
-    def run(self) -> None:
-        while not self.done.is_set():
-            rows = self.history.read_text().splitlines() if self.history.exists() else []
-            if rows and json.loads(rows[-1])["k"] >= self.k and (alive := workers()):
-                self.victim = alive[-1].pid
-                os.kill(self.victim, signal.SIGKILL)
-                return
-            time.sleep(0.02)
-
-
-def test_killed_worker_resumes_to_the_same_logits(setting, undisturbed, tmp_path) -> None:
+def test_killed_worker_resumes_to_the_same_logits(setting, undisturbed, tmp_path, report_fault) -> None:
     from raygard.cluster.training import learn
 
     history = tmp_path / "history.jsonl"
-    killer = Killer(history, k=5)
-    killer.start()
-    config = setting.config("engine.num_workers=2", "engine.zero_stage=3")
+    victims: list[psutil.Process] = []
+
+    def strike() -> None:
+        victims.append(workers()[-1])
+        victims[0].kill()
+
+    watch = Watch(history, 5, strike)
+    config = setting.config(*TWO_SHARDED)
     logits, _ = learn(config, setting.cache, setting.relearned, 0, tmp_path)
-    killer.done.set()
-    killer.join()
-    assert killer.victim is not None and not psutil.pid_exists(killer.victim)
+    watch.end()
+    assert not victims[0].is_running()
     assert torch.equal(logits, undisturbed[0])
     assert history.read_text() == undisturbed[1]
     assert not (tmp_path / "ray").exists()
+    assert 0 < watch.repeated <= config.engine.checkpointing_steps
+    report_fault("worker killed", f"{watch.repeated} publisher steps", watch.recovered_s)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_shard_means_the_checkpoint_before_it(
+    setting, undisturbed, tmp_path, report_fault, damage: str
+) -> None:
+    from raygard.cluster.training import learn
+
+    history = tmp_path / "history.jsonl"
+    config = setting.config(*TWO_SHARDED, "engine.max_failures=0")
+    cut_off = Watch(history, 5, lambda: workers()[-1].kill())
+    with pytest.raises(Exception, match="Training failed due to worker errors"):
+        learn(config, setting.cache, setting.relearned, 0, tmp_path)
+    cut_off.end()
+    whole = [path for path in sorted(tmp_path.glob("ray/train/checkpoint_*")) if find_damage(path, 0, 1) is None]
+    assert len(whole) == 2
+    shard = whole[-1] / "state-00001.safetensors"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size // 2)
+
+    started = time.monotonic()
+    watch = Watch(history, 0, lambda: None)
+    logits, _ = learn(config, setting.cache, setting.relearned, 0, tmp_path)
+    watch.end()
+    assert torch.equal(logits, undisturbed[0])
+    assert history.read_text() == undisturbed[1]
+    every = config.engine.checkpointing_steps
+    assert every < watch.repeated <= 2 * every + 1
+    seconds = watch.struck_at - started + watch.recovered_s
+    report_fault(f"checkpoint shard {damage}", f"{watch.repeated} publisher steps", seconds)
