@@ -25,10 +25,10 @@ from raygard.baselines import DEFENCES, DRAWN
 from raygard.compare.matrix import Matrix, Scale, to_csv
 from raygard.compare.plan import Cell, Defence, Variant, classes, edit_settings, parse_defences, plan_cells, variants
 from raygard.compare.tables import to_latex, to_markdown, to_text
-from raygard.config import RunConfig
+from raygard.config import SCHEDULING, RunConfig
 from raygard.defences import save_controls
 from raygard.diffusion.model import load_unet
-from raygard.editing import EDITS, Edit, choose_edit, freeze_after
+from raygard.editing import EDITS, Edit, IMMASettings, choose_edit, freeze_after
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.flow import Flow
@@ -194,7 +194,7 @@ class CompareFlow:
         return {draw: path for (_, draw), path in found.items()}
 
     def _edit(self, name: str) -> Path:
-        """The file of an edit, made in a task unless it is there."""
+        """The file of an edit, made unless it is there."""
         from raygard.cluster.edits import make_edit
 
         method, settings = self.edits[name]
@@ -204,11 +204,24 @@ class CompareFlow:
             "cache": cache.name, "general": None if general is None else general.name,
             "classes": [self.config.domain.illegal, self.config.domain.legal, self.config.domain.general],
         }  # fmt: skip
-        with self.dir.stage(f"edits/{name}", inputs) as (folder, done), self.progress.bar(f"edit: {name}", 1) as bar:
+        chosen = choose_edit(method, **settings)[1]
+        steps = 1
+        if isinstance(chosen, IMMASettings):
+            # A training that was cut off goes on from its checkpoint, which another engine could not read.
+            inputs["engine"] = self.config.engine.model_dump(mode="json", exclude=SCHEDULING["engine"])
+            steps = chosen.rounds * len(chosen.round)
+        with (
+            self.dir.stage(f"edits/{name}", inputs) as (folder, done),
+            self.progress.bar(f"edit: {name}", steps) as bar,
+        ):
+
+            def on_row(row: dict[str, Any]) -> None:
+                bar.advance(1, f"illegal {row['illegal_loss']:.4f}")
+
             file = folder / "edit.safetensors"
             if not done:
-                make_edit(self.config, method, settings, cache, general, file)
-            bar.advance(1, "")
+                make_edit(self.config, method, settings, cache, general, file, on_row=on_row)
+            bar.advance(steps, "")
         return file
 
     def _release(

@@ -32,9 +32,13 @@ class DenoiserLoss(nn.Module):
 
     def forward(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Loss of each sample, (B,) (Eq 1)."""
+        return self.errors(self.denoiser, latents, text, noise, timesteps)
+
+    def errors(self, denoiser: nn.Module, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`forward` with another denoiser, which is part of the same engine."""
         dtype, enabled = self.autocast or torch.float32, self.autocast is not None
         with torch.autocast(latents.device.type, dtype=dtype, enabled=enabled):
-            return self.loss.per_sample(self.denoiser, latents, text, noise, timesteps)
+            return self.loss.per_sample(denoiser, latents, text, noise, timesteps)
 
 
 class Engine(Protocol):

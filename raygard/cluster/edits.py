@@ -1,8 +1,9 @@
-"""Edits of the released values as Ray tasks: what UCE and IMMA compute, on an adaptation's resources."""
+"""Edits of the released values on a cluster: IMMA on learning's workers, UCE as a task on an adaptation's resources."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.evaluation import remote_task
 from raygard.cluster.evaluators import device_for
+from raygard.cluster.imma import RESULT, learn_imma
 from raygard.cluster.pool import reason
+from raygard.cluster.training import OnRow
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.model import load_unet
-from raygard.editing import EditMaterial, edit_model
+from raygard.editing import Edit, EditMaterial, IMMASettings, choose_edit, edit_model
 from raygard.errors import RaygardError
 
 
@@ -32,14 +35,35 @@ def edit_task(
 
 
 def make_edit(
-    config: RunConfig, method: str, settings: Mapping[str, Any], cache: Path, general: Path | None, out: Path
+    config: RunConfig,
+    method: str,
+    settings: Mapping[str, Any],
+    cache: Path,
+    general: Path | None,
+    out: Path,
+    *,
+    on_row: OnRow | None = None,
 ) -> Path:
-    """Run the edit `method` in a task and return its file, `out`.
+    """Run the edit `method` and return its file, `out`, in a folder where a training that was cut off goes on.
 
     cache: latents of the illegal classes' pictures for learning. general: latents of pretraining pictures. Paths are
-    on shared storage. Raises RaygardError with the reason when the task has failed `evaluation.max_attempts` times, or
-    by a user's mistake.
+    on shared storage. on_row: called with each line of a training's history. Raises RaygardError with the reason when
+    the work has failed too often (`evaluation.max_attempts` of a task, `engine.max_failures` of a training), or by a
+    user's mistake.
     """
+    _, chosen = choose_edit(method, **settings)
+    if isinstance(chosen, IMMASettings):
+        values = learn_imma(config, chosen, cache, general, out.parent, on_row=on_row)
+        Edit.create(load_unet(config.model), values, method, **asdict(chosen), seed=config.seed).save(out)
+        (out.parent / RESULT).unlink()
+    else:
+        _in_a_task(config, method, settings, cache, general, out)
+    return out
+
+
+def _in_a_task(
+    config: RunConfig, method: str, settings: Mapping[str, Any], cache: Path, general: Path | None, out: Path
+) -> None:
     import ray
 
     task = remote_task(edit_task, config)
@@ -47,8 +71,7 @@ def make_edit(
     for attempt in range(1, config.evaluation.max_attempts + 1):
         try:
             ray.get(task.remote(*arguments, None if general is None else str(general), str(out)))
-            break
+            return
         except ray.exceptions.RayError as error:
             if user_mistake(error) is not None or attempt == config.evaluation.max_attempts:
                 raise RaygardError(reason(error)) from None
-    return out

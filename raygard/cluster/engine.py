@@ -18,6 +18,7 @@ from raygard.bilevel.optimizer import MOMENTS, BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.checkpoint import SavedState, save_state, write_manifest
 from raygard.config import BilevelConfig, EngineConfig, ValuesConfig
+from raygard.editing import IMMASettings
 from raygard.errors import RaygardError
 
 TAG = "state"
@@ -25,9 +26,9 @@ PLAIN_LINEAR = torch.nn.functional.linear
 
 
 def deepspeed_config(
-    engine: EngineConfig, settings: BilevelConfig | ValuesConfig, gradient_clipping: float = 0.0
+    engine: EngineConfig, settings: BilevelConfig | ValuesConfig | IMMASettings, gradient_clipping: float = 0.0
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for one parameter group and one sub-group.
+    """DeepSpeed's configuration for one sub-group of each parameter group.
 
     In mask learning, clipping, weight decay and schedules belong to user steps only, so they live in BilevelOptimizer.
     """

@@ -62,6 +62,11 @@ class EditMaterial:
     retain: LatentSet | None = None
     seed: int = 0
 
+    @property
+    def text(self) -> TextModel:
+        """For methods that learn words: those of the illegal classes."""
+        return TextModel(self.tokenizer, self.encoder, self.illegal_prompts)
+
     @classmethod
     def of(cls, config: RunConfig, learn: LatentSet, general: LatentSet | None = None) -> EditMaterial:
         """The material of a run's domain, with the classes' names as prompts.
@@ -130,10 +135,8 @@ def _uce(unet: nn.Module, material: EditMaterial, settings: UCESettings) -> dict
 
 def _imma(unet: nn.Module, material: EditMaterial, settings: IMMASettings) -> dict[str, Tensor]:
     retain = material.retain if settings.retain_weight > 0 else None
-    text = TextModel(material.tokenizer, material.encoder, material.illegal_prompts)
-    return imma_values(
-        unet, material.illegal, material.loss, seed=material.seed, settings=settings, retain=retain, text=text
-    )
+    text, seed = material.text, material.seed
+    return imma_values(unet, material.illegal, material.loss, seed=seed, settings=settings, retain=retain, text=text)
 
 
 register_edit("uce", _uce, UCESettings())

@@ -1,18 +1,19 @@
 """IMMA's inner adaptations: what the simulated attacker trains while the publisher immunises.
 
-An inner adaptation owns its parameters phi and says how they enter the denoiser. `parameters()` are stepped down the
-illegal loss; `weights()` gives the tensors that replace the denoiser's own in a forward pass, differentiable in phi
-and in the immunised tensors.
+Its parameters phi live in modules, the denoiser's own or ones that it hangs on the denoiser, because ZeRO-3 gathers a
+parameter when the module that owns it is called, and at no other time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,32 +33,33 @@ class TextModel:
     words: tuple[str, ...]
 
 
-class InnerAdaptation(Protocol):
-    """What IMMA needs of an adaptation. published_lr: inner and outer learning rate of its script (SD 1.4, 512 px)."""
+class InnerAdaptation(nn.Module):
+    """What IMMA needs of an adaptation: phi, the attacker's text, and the release as it is without him.
+
+    published_lr: inner and outer learning rate of its script (SD 1.4, 512 px). release: the denoiser as released, which
+    shares the immunised tensors with the attacker's; None if that is the attacker's own.
+    """
 
     published_lr: tuple[float, float]
 
-    def parameters(self) -> list[Tensor]:
-        """phi, leaves that require gradients; they may be immunised tensors themselves."""
-        ...
+    def __init__(self, release: nn.Module | None = None) -> None:
+        super().__init__()
+        self.release = release
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters by name that replace the denoiser's own in a forward pass."""
-        ...
-
-    def text(self, data: LatentSet, rows: Tensor) -> Tensor:
-        """Text features (len(rows), L, D) of these rows as the attacker has them."""
-        ...
-
-
-class KeepsText:
-    """An inner adaptation that leaves the text as it is cached."""
+    def phi(self) -> list[nn.Parameter]:
+        """What the attacker trains; immunised tensors may be among it."""
+        raise NotImplementedError
 
     def text(self, data: LatentSet, rows: Tensor) -> Tensor:
+        """What `embed` takes for these rows, on the CPU; (len(rows), ...)."""
         return data.text[rows]
 
+    def embed(self, text: Tensor) -> Tensor:
+        """Text features (B, L, D) as the attacker has them, differentiable in phi."""
+        return text
 
-class DreamBooth(KeepsText):
+
+class DreamBooth(InnerAdaptation):
     """The attacker trains the denoiser itself, so phi shares storage with the immunised tensors, as published.
 
     only_immunised: he trains nothing but the immunised tensors, which is cheaper.
@@ -70,124 +72,139 @@ class DreamBooth(KeepsText):
         unet: nn.Module,
         immunised: Mapping[str, nn.Parameter],
         seed: int,
-        text: TextModel | None = None,
+        text: TextModel | None,
+        retains: bool,
         *,
         only_immunised: bool = False,
     ) -> None:
-        own = {} if only_immunised else {name: p for name, p in unet.named_parameters() if name not in immunised}
-        self._weights: dict[str, Tensor] = {
-            **{name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()},
-            **immunised,
-        }
+        super().__init__(_copy(unet, immunised.values()) if retains and not only_immunised else None)
+        self._phi = list((immunised if only_immunised else dict(unet.named_parameters())).values())
 
-    def parameters(self) -> list[Tensor]:
-        return list(self._weights.values())
-
-    def weights(self) -> dict[str, Tensor]:
-        return self._weights
+    def phi(self) -> list[nn.Parameter]:
+        return self._phi
 
 
-class LoRA(KeepsText):
+class LowRank(nn.Module):
+    """x -> B A x of one layer: A (rank, columns) normal with standard deviation 1 / rank, B (rows, rank) zero."""
+
+    def __init__(self, weight: Tensor, rank: int, rng: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.down = nn.Parameter((torch.randn(rank, columns, generator=rng) / rank).to(weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(F.linear(inputs, self.down), self.up)
+
+
+class LoRA(InnerAdaptation):
     """Low-rank updates W + B A of every attention projection (Hu et al., arXiv 2106.09685), rank and scale as in IMMA's
-    script: A normal with standard deviation 1 / rank, B from zero."""
+    script."""
 
     published_lr = (1e-4, 1e-5)
     rank = 4
 
     def __init__(
-        self, unet: nn.Module, immunised: Mapping[str, nn.Parameter], seed: int, text: TextModel | None = None
+        self,
+        unet: nn.Module,
+        immunised: Mapping[str, nn.Parameter],
+        seed: int,
+        text: TextModel | None,
+        retains: bool,
     ) -> None:
-        parameters = dict(unet.named_parameters())
-        self._base: dict[str, Tensor] = {
-            name: immunised.get(name, parameters[name].detach())
-            for name in attention_tensors(unet, "attention", ("weight",))
-        }
-        self._immunised = dict(immunised)
-        self._down, self._up = {}, {}
-        for name, weight in self._base.items():
-            rows, columns = weight.shape
-            drawn = torch.randn(self.rank, columns, generator=generator(seed, "imma lora", name)) / self.rank
-            self._down[name] = nn.Parameter(drawn.to(weight.device))
-            self._up[name] = nn.Parameter(torch.zeros(rows, self.rank, device=weight.device))
+        super().__init__(_copy(unet, unet.parameters()) if retains else None)
+        self.updates = nn.ModuleList()
+        for name in attention_tensors(unet, "attention", ("weight",)):
+            layer = unet.get_submodule(name.rpartition(".")[0])
+            update = LowRank(unet.get_parameter(name), self.rank, generator(seed, "imma lora", name))
+            layer.register_forward_hook(partial(_add, update))
+            self.updates.append(update)
 
-    def parameters(self) -> list[Tensor]:
-        return [*self._down.values(), *self._up.values()]
-
-    def weights(self) -> dict[str, Tensor]:
-        merged = {name: weight + self._up[name] @ self._down[name] for name, weight in self._base.items()}
-        return {**self._immunised, **merged}
+    def phi(self) -> list[nn.Parameter]:
+        return list(self.updates.parameters())
 
 
-class TextualInversion:
+class TextualInversion(InnerAdaptation):
     """The attacker learns the embedding of one new token for each illegal word and leaves every weight as it is.
 
-    The new token takes the place of the word in each caption and starts from the mean of the word's embeddings.
+    The new token takes the place of the word in each caption and starts from the mean of the word's embeddings. The
+    text encoder is no part of this module: it is never trained, nor sharded.
     Raises RaygardError without a text model, or for pictures whose captions name none of its words.
     """
 
     published_lr = (5e-4, 1e-6)
 
     def __init__(
-        self, unet: nn.Module, immunised: Mapping[str, nn.Parameter], seed: int, text: TextModel | None = None
+        self,
+        unet: nn.Module,
+        immunised: Mapping[str, nn.Parameter],
+        seed: int,
+        text: TextModel | None,
+        retains: bool,
     ) -> None:
+        super().__init__()
         if text is None or not text.words:
             raise RaygardError("textual inversion needs the model's text encoder and the words of the illegal classes")
-        self._tokenizer, self._encoder = text.tokenizer, text.encoder
-        self._immunised: dict[str, Tensor] = dict(immunised)
-        table = self._encoder.get_input_embeddings().weight
-        self._name = next(name for name, p in self._encoder.named_parameters() if p is table)
-        self._table = table.detach()
+        self._text = text
+        self._frozen = {name: parameter.detach() for name, parameter in text.encoder.named_parameters()}
+        table = text.encoder.get_input_embeddings().weight
+        self._name = next(name for name, parameter in text.encoder.named_parameters() if parameter is table)
         self._words = [self._ids(word) for word in text.words]
-        starts = [self._table[torch.tensor(ids)].mean(dim=0) for ids in self._words]
-        self._learned = nn.Parameter(torch.stack(starts).clone())
+        starts = [table.detach()[torch.tensor(ids)].mean(dim=0) for ids in self._words]
+        self.learned = nn.Parameter(torch.stack(starts).to(next(unet.parameters()).device))
 
-    def parameters(self) -> list[Tensor]:
-        return [self._learned]
-
-    def weights(self) -> dict[str, Tensor]:
-        return self._immunised
+    def phi(self) -> list[nn.Parameter]:
+        return [self.learned]
 
     def text(self, data: LatentSet, rows: Tensor) -> Tensor:
+        """Token ids and attention mask, int64 (len(rows), 2, L); new tokens are numbered after the vocabulary."""
         captions = [self._with_new_tokens(data.captions[row]) for row in rows.tolist()]
-        tokens = self._tokenizer.pad(
-            {"input_ids": captions}, padding="max_length", max_length=self._tokenizer.model_max_length,
+        tokens = self._text.tokenizer.pad(
+            {"input_ids": captions}, padding="max_length", max_length=self._text.tokenizer.model_max_length,
             return_tensors="pt",
-        ).to(self._table.device)  # fmt: skip
-        uses_mask = getattr(self._encoder.config, "use_attention_mask", False)
-        options = {"attention_mask": tokens.attention_mask if uses_mask else None}
-        table = {self._name: torch.cat([self._table, self._learned])}
-        found: Tensor = functional_call(self._encoder, table, (tokens.input_ids,), options)[0]
+        )  # fmt: skip
+        return torch.stack([tokens.input_ids, tokens.attention_mask], dim=1)
+
+    def embed(self, text: Tensor) -> Tensor:
+        features: Tensor = self(text)
+        return features
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        encoder, table = self._text.encoder, self._frozen[self._name]
+        ids, mask = tokens.to(table.device).unbind(dim=1)
+        uses_mask = getattr(encoder.config, "use_attention_mask", False)
+        weights = {**self._frozen, self._name: torch.cat([table, self.learned.to(table)])}
+        found: Tensor = functional_call(encoder, weights, (ids,), {"attention_mask": mask if uses_mask else None})[0]
         return found
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = self._text.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
     def _with_new_tokens(self, caption: str) -> list[int]:
-        ids, first = self._ids(caption), len(self._table)
+        tokenizer, first = self._text.tokenizer, len(self._frozen[self._name])
+        ids = self._ids(caption)
         for number, word in enumerate(self._words):
             starts = [at for at in range(len(ids) - len(word) + 1) if ids[at : at + len(word)] == word]
             for at in reversed(starts):
                 ids[at : at + len(word)] = [first + number]
         if max(ids, default=0) < first:
             raise RaygardError(f"textual inversion has no word to learn in the caption '{caption}'")
-        room = self._tokenizer.model_max_length - 2
-        return [self._tokenizer.bos_token_id, *ids[:room], self._tokenizer.eos_token_id]
+        room = tokenizer.model_max_length - 2
+        return [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
 
 
-class Adapted(nn.Module):
-    """`unet` with an inner adaptation's tensors in the place of its own; the unet itself is never changed."""
-
-    def __init__(self, unet: nn.Module, weights: Callable[[], Mapping[str, Tensor]]) -> None:
-        super().__init__()
-        self.unet = unet
-        self._weights = weights
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        return functional_call(self.unet, dict(self._weights()), inputs, options)
+def _copy(unet: nn.Module, shared: Any) -> nn.Module:
+    """A copy of a denoiser, with the `shared` parameters themselves in it; before anything is hung on the denoiser."""
+    return copy.deepcopy(unet, {id(parameter): parameter for parameter in shared})
 
 
-# `INNER[name](unet, immunised, seed, text)`: immunised are the tensors IMMA changes, by name; text may be None.
+def _add(update: LowRank, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + update(inputs[0])
+
+
+# `INNER[name](unet, immunised, seed, text, retains)`: immunised are the tensors of `unet` that IMMA changes, by name;
+# text may be None; retains: whether the release itself is needed as well. Parameters of `unet` are float32.
 INNER: dict[str, Callable[..., InnerAdaptation]] = {
     "lora": LoRA,
     "dreambooth": DreamBooth,

@@ -29,6 +29,8 @@ SETTINGS = (
     "evaluation.half=user",
     "evaluation.bootstrap_samples=100",
     "tracking.enabled=false",
+    # What imma-bad does wrong, it does again.
+    "engine.max_failures=0",
     "compare.defences=[none, freeze, uce, uce+freeze, imma-bad]",
     "compare.edits=[{name: imma-bad, method: imma, rounds: 2, outer_lr: 1.0e30}]",
     "compare.adaptations=[full, {name: lora, method: lora, max_train_steps: 3}, {name: ignoring, method: full, "

@@ -116,13 +116,14 @@ def test_textual_inversion_starts_where_its_words_are_and_learns_them_alone() ->
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     captions = ["cyclone in the style of OpenMoji", "OpenMoji", "rainbow in the style of EmojiOne"]
     data = replace(flat_latents(tokens=(24, 128), side=16, count=3), captions=captions)
-    inner = TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("OpenMoji", "EmojiOne")))
+    inner = TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("OpenMoji", "EmojiOne")), False)
+    tokens = inner.text(data, torch.arange(3))
     # Each of these words is one token, so at the start the new tokens change nothing.
-    start = inner.text(data, torch.arange(3)).detach()
+    start = inner.embed(tokens).detach()
     torch.testing.assert_close(start, encode_captions(tokenizer, encoder, captions).detach())
     with torch.no_grad():
-        inner.parameters()[0][0, 0] += 1
-    moved = inner.text(data, torch.arange(3)).detach() - start
+        inner.phi()[0][0, 0] += 1
+    moved = inner.embed(tokens).detach() - start
     assert moved[0].abs().max() > 1e-3 < moved[1].abs().max() and not moved[2].any()
     settings = IMMASettings(rounds=1, inner="textual-inversion")
     imma_values(
@@ -130,7 +131,7 @@ def test_textual_inversion_starts_where_its_words_are_and_learns_them_alone() ->
     )
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in encoder.named_parameters())
     with pytest.raises(RaygardError, match="no word to learn in the caption 'cyclone in the style of OpenMoji'"):
-        TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("Noto",))).text(data, torch.arange(1))
+        TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("Noto",)), False).text(data, torch.arange(1))
     with pytest.raises(RaygardError, match="needs the model's text encoder"):
         imma_values(unet, data, loss, seed=0, settings=settings)
 
