@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,16 @@ from torch import Tensor, nn
 from raygard.cluster.engine import Checkpointed, deepspeed_config, initialize
 from raygard.cluster.training import OnRow, fit
 from raygard.cluster.values import gather
-from raygard.cluster.worker import RELEARN_STEPS_PER_UNIT, History, begin, resume, save_tensors
+from raygard.cluster.worker import (
+    RELEARN_STEPS_PER_UNIT,
+    STORAGE,
+    History,
+    Notice,
+    begin,
+    load_engine,
+    report_engine,
+    save_tensors,
+)
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.model import load_unet
@@ -64,7 +72,7 @@ def learn_imma(
         }  # fmt: skip
         fit(config.model_copy(update={"engine": engine}), imma_worker, job, out, on_row)
     values = load_file(str(out / RESULT))
-    shutil.rmtree(out / "ray", ignore_errors=True)
+    shutil.rmtree(out / STORAGE, ignore_errors=True)
     return values
 
 
@@ -79,7 +87,6 @@ def imma_worker(job: dict[str, Any]) -> None:
     job: config (RunConfig as JSON), settings (of IMMASettings), cache, general, out (folder on shared storage).
     Outputs, by rank 0: history.jsonl, values.safetensors.
     """
-    import ray.train
     from ray.train.torch import get_device
 
     config, rank, world_size = begin(job)
@@ -93,9 +100,10 @@ def imma_worker(job: dict[str, Any]) -> None:
     material = EditMaterial.of(config, load_cache(Path(job["cache"])), retain)
     material.encoder.to(get_device())
     training, optimizer, source = build_imma(config, unet, material, settings)
-    first_round = resume(training, ray.train.get_checkpoint(), rank, world_size)
+    first_round = load_engine(training, out, "IMMA")
     history = History(out / "history.jsonl", first_round) if rank == 0 else None
     every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
+    notice = Notice()
     place = Place(rank, world_size, training.engine.device)
     pending: list[StepRecord] = []
     for record in immunise(training.engine, optimizer, *source, settings, place, first_round=first_round):
@@ -107,10 +115,9 @@ def imma_worker(job: dict[str, Any]) -> None:
         if history is not None:
             history.write(rows, {})
         done = record.k + 1
-        if done % every == 0 or done == settings.rounds:
-            with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
-                training.save(Path(folder), done)
-                ray.train.report(rows[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
+        noticed = done % RELEARN_STEPS_PER_UNIT == 0 and notice.arrived()
+        if noticed or done % every == 0 or done == settings.rounds:
+            report_engine(training, out, done, rows[-1])
     values = gather(unet, training.engine.module.names, keep=rank == 0)
     if rank == 0:
         save_tensors(values, out / RESULT)

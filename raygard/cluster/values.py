@@ -6,9 +6,7 @@ alone; the rest of the model is run as it was released.
 
 from __future__ import annotations
 
-import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raygard.bilevel.alternation import DenoiserLoss
-from raygard.cluster.checkpoint import read_manifest
 from raygard.cluster.engine import Checkpointed, all_reduce_sum, deepspeed_config, initialize
 from raygard.cluster.training import OnRow, fit
 from raygard.cluster.worker import (
@@ -28,7 +25,8 @@ from raygard.cluster.worker import (
     History,
     Notice,
     begin,
-    last_checkpoint,
+    load_engine,
+    report_engine,
     save_tensors,
 )
 from raygard.config import RunConfig
@@ -37,8 +35,6 @@ from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
 from raygard.errors import RaygardError
 from raygard.values import NUM_BINS, ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
-
-log = logging.getLogger("raygard")
 
 RESULT = "values.safetensors"
 
@@ -69,7 +65,6 @@ def values_worker(job: dict[str, Any]) -> None:
     job: config (RunConfig as JSON), cache, frozen (names), out (stage folder on shared storage), mask_seed.
     Outputs, by rank 0: history.jsonl, values.safetensors.
     """
-    import ray.train
 
     config, rank, world_size = begin(job)
     out = Path(job["out"])
@@ -85,7 +80,7 @@ def values_worker(job: dict[str, Any]) -> None:
     plan = make_plan(config, rank, world_size)
     # The release is measured before a checkpoint is loaded, so that a resumed run divides by what a straight one does.
     objective = Objective.of(measure(training, source, plan), source.num_timesteps, config.values)
-    first_step = _resume(training, last_checkpoint(out), world_size)
+    first_step = load_engine(training, out, "training the values")
     history = History(out / "history.jsonl", first_step) if rank == 0 else None
     every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
     notice = Notice()
@@ -97,28 +92,10 @@ def values_worker(job: dict[str, Any]) -> None:
         done = record.step + 1
         noticed = done % RELEARN_STEPS_PER_UNIT == 0 and notice.arrived()
         if noticed or done % every == 0 or done == plan.max_train_steps:
-            # Where the stage's end removes what a killed worker left.
-            with tempfile.TemporaryDirectory(prefix="rank-", dir=out / STORAGE) as folder:
-                training.save(Path(folder), done)
-                ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            report_engine(training, out, done, row)
     values = gather(unet, job["frozen"], keep=rank == 0)
     if rank == 0:
         save_tensors(values, out / RESULT)
-
-
-def _resume(training: Checkpointed, checkpoint: Path | None, world_size: int) -> int:
-    """Load a checkpoint of as many workers; return the step to go on from."""
-    if checkpoint is None:
-        return 0
-    writers = int(read_manifest(checkpoint)["world_size"])
-    if writers != world_size:
-        log.warning(
-            "training the values starts anew: the optimizer's state in %s is divided among %d workers, now there are "
-            "%d",
-            checkpoint.name, writers, world_size,
-        )  # fmt: skip
-        return 0
-    return training.load(checkpoint)
 
 
 def build_values(config: RunConfig, unet: nn.Module, loss: DiffusionLoss, frozen: Sequence[str]) -> Checkpointed:

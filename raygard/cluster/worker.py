@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alte
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
-from raygard.cluster.checkpoint import SavedState, newest_whole
-from raygard.cluster.engine import ShardedTraining, build, cpu_environment
+from raygard.cluster.checkpoint import SavedState, newest_whole, read_manifest
+from raygard.cluster.engine import Checkpointed, ShardedTraining, build, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.loss import DiffusionLoss
@@ -211,6 +212,34 @@ def last_checkpoint(out: Path) -> Path | None:
             if folder.is_dir() and (newest is None or folder > newest):
                 shutil.rmtree(folder)
     return None if newest is None else newest_whole(newest, ray.train.torch.get_device())
+
+
+def load_engine(training: Checkpointed, out: Path, what: str) -> int:
+    """Go on from the newest whole checkpoint of DeepSpeed's own form; the finished steps, 0 without one. Collective.
+
+    Only as many workers as wrote it can take it on; others start anew and say so. what: the words for what does.
+    """
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
+        return 0
+    writers = int(read_manifest(checkpoint)["world_size"])
+    if writers != dist.get_world_size():
+        log.warning(
+            "%s starts anew: the optimizer's state in %s is divided among %d workers, now there are %d",
+            what, checkpoint.name, writers, dist.get_world_size(),
+        )  # fmt: skip
+        return 0
+    return training.load(checkpoint)
+
+
+def report_engine(training: Checkpointed, out: Path, done: int, row: dict[str, Any]) -> None:
+    """Save DeepSpeed's state after `done` steps as a checkpoint of Ray Train, with a line of history. Collective."""
+    import ray.train
+
+    # Where the stage's end removes what a killed worker left.
+    with tempfile.TemporaryDirectory(prefix="rank-", dir=out / STORAGE) as folder:
+        training.save(Path(folder), done)
+        ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 class Notice:
