@@ -65,7 +65,7 @@ def learn_imma(
                 "IMMA's train_batch_size %d goes to %d of %d workers", settings.train_batch_size, number,
                 config.engine.num_workers,
             )  # fmt: skip
-        engine = config.engine.model_copy(update={"num_workers": number})
+        engine = config.engine.model_copy(update={"num_workers": number, "min_workers": None})
         job = {
             "settings": asdict(settings), "cache": str(cache), "out": str(out),
             "general": None if general is None else str(general),
