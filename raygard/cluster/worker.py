@@ -112,7 +112,7 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
     if checkpoint is None:
         return build(*arguments), sizes, 0
     with SavedState(checkpoint) as saved:
-        if saved.world_size != dist.get_world_size():
+        if saved.world_size != dist.get_world_size() and dist.get_rank() == 0:
             log.warning(
                 "%s was written by %d workers and goes on with %d: logits, theta_d and the optimizer's moments are "
                 "carried over exactly; from here on float sums are grouped otherwise",
@@ -224,10 +224,11 @@ def load_engine(training: Checkpointed, out: Path, what: str) -> int:
         return 0
     writers = int(read_manifest(checkpoint)["world_size"])
     if writers != dist.get_world_size():
-        log.warning(
-            "%s starts anew: the optimizer's state in %s is divided among %d workers, now there are %d",
-            what, checkpoint.name, writers, dist.get_world_size(),
-        )  # fmt: skip
+        if dist.get_rank() == 0:
+            log.warning(
+                "%s starts anew: the optimizer's state in %s is divided among %d workers, now there are %d",
+                what, checkpoint.name, writers, dist.get_world_size(),
+            )  # fmt: skip
         return 0
     return training.load(checkpoint)
 
@@ -256,7 +257,8 @@ class Notice:
         if info is None or self._told:
             return False
         self._told = True
-        log.warning("ranks %s are about to lose their node; writing a checkpoint now", info.preempted_ranks)
+        if dist.get_rank() == 0:
+            log.warning("ranks %s are about to lose their node; writing a checkpoint now", info.preempted_ranks)
         return True
 
 
