@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from raygard.cluster.evaluators import (
     GeneratorActor,
@@ -72,7 +73,11 @@ class Coordinator:
         self._generators = _pool("generator", GeneratorActor, model, evaluation, group, bundles)
         self._scorers = _pool("scorer", ScorerActor, evaluation.scorer, evaluation, group, bundles)
         self._attempts = evaluation.max_attempts
-        self._locks: dict[str, asyncio.Lock] = {}
+        # A lock is forgotten with the last call that holds it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Pictures of a job lie in the object store until all are drawn and scored: with one job for each actor that is
+        # bounded, however many jobs wait and however slow the scorers are.
+        self._room = asyncio.Semaphore(evaluation.generators + evaluation.scorers)
 
     async def warm(self) -> None:
         """Start all actors, without waiting for them."""
@@ -88,7 +93,7 @@ class Coordinator:
 
         Calls for the same key wait for each other, so that the second one finds what the first one made.
         """
-        async with self._locks.setdefault(measurement.key, asyncio.Lock()):
+        async with self._locks.setdefault(measurement.key, asyncio.Lock()), self._room:
             store = Store(Path(measurement.store))
             for attempt in range(1, self._attempts + 1):
                 found = store.score(measurement.key, measurement.scorer, measurement.references_hash)

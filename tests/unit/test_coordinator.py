@@ -203,6 +203,35 @@ def test_equal_calls_share_one_run(tmp_path) -> None:
     assert len(generator.drawn) == 3 and scorer.scored == 5
 
 
+def test_generators_wait_for_slow_scorers_however_many_jobs_there_are(tmp_path) -> None:
+    class Counting(Generator):
+        most = 0
+
+        def _generate(self, request: Any) -> tuple[Any, Any]:
+            found = super()._generate(request)
+            self.most = max(self.most, sum(map(len, self.drawn)) - scorer.scored)
+            return found
+
+    class Slow(Scorer):
+        def _score(self, request: Any, pictures: Any) -> Any:
+            async def later() -> Any:
+                await asyncio.sleep(0.005)
+                return await super(Slow, self)._score(request, pictures)
+
+            return later()
+
+    generator, scorer = Counting(), Slow()
+
+    async def all_jobs() -> list[Any]:
+        coordinator = Simulated(generator, scorer)
+        calls = (coordinator.measure(measurement(tmp_path, key=f"job {number}")) for number in range(8))
+        return await asyncio.gather(*calls)
+
+    assert len(asyncio.run(all_jobs())) == 8 and scorer.scored == 8 * len(CAPTIONS)
+    # One generator and one scorer: two jobs lie in memory.
+    assert generator.most <= 2 * len(CAPTIONS)
+
+
 @pytest.mark.parametrize("change", [{"scorer": "face"}, {"references_hash": "other"}])
 def test_saved_pictures_are_scored_without_being_drawn_again(tmp_path, change) -> None:
     generator, scorer = Generator(), Scorer()
