@@ -29,7 +29,7 @@ METHOD = "imma-retain"
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> RunConfig:
     root = tmp_path_factory.mktemp("imma-on-ray")
     tiny_maker(root / "sd")
-    imagefolder_maker(root / "data", dict.fromkeys("abc", 24))
+    imagefolder_maker(root / "data", dict.fromkeys("abc", 48))
     return load_config(
         None,
         [
@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_mak
             "domain.legal=[b]",
             "domain.general=[c]",
             "engine.num_workers=2",
-            "engine.zero_stage=3",
+            "engine.zero_stage=2",
             "engine.cpus_per_worker=0.5",
         ],
     )
@@ -67,9 +67,11 @@ def made(config: RunConfig, caches: tuple[Path, Path], ray_cluster, tmp_path_fac
     job = {"settings": asdict(replace(settings, rounds=2)), "cache": str(cache), "general": str(general)}
     fit(config, imma_worker, {**job, "out": str(out)}, out, None)
     (out / RESULT).unlink()
+    history = out / "history.jsonl"
+    history.write_text(history.read_text().replace('{"kind"', '{"first": true, "kind"'))
     rows: list[dict] = []
     file = make_edit(config, METHOD, SETTINGS, cache, general, out / "edit.safetensors", on_row=rows.append)
-    assert rows == [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(line) for line in history.read_text().splitlines()]
     return file
 
 
@@ -91,5 +93,6 @@ def test_every_step_is_in_the_history_and_the_rest_is_tidied_away(made: Path) ->
     assert [(row["kind"], row["k"], row["step"]) for row in rows] == [
         (("inner", "outer")[step % 2], step // 2, step) for step in range(2 * SETTINGS["rounds"])
     ]
+    assert [row.get("first", False) for row in rows] == [row["k"] < 2 for row in rows]
     assert all(row["illegal_loss"] > 0 and ("retain_loss" in row) == (row["kind"] == "outer") for row in rows)
     assert sorted(file.name for file in made.parent.iterdir()) == ["edit.safetensors", "history.jsonl"]

@@ -16,9 +16,9 @@ WORKER = Path(__file__).parent / "imma_worker.py"
 # case:stage:precision[:accumulation steps | resume]. What ZeRO-3 and bf16 leave behind in a process stands between a
 # straight run and its resumed one.
 PLANS = {
-    1: ["lora:2:no", "dreambooth-retain:3:no"],
+    1: ["lora:3:no"],
     2: ["lora:0:no", "dreambooth-retain:2:no", "textual-inversion:2:no", "dreambooth:1:no", "lora:2:no:2",
-        "lora-retain:3:no", "dreambooth-retain:3:no", "textual-inversion:3:no", "lora:0:bf16", "lora:3:bf16",
+        "lora-retain:3:no", "dreambooth-retain:3:no", "textual-inversion:3:no", "lora:0:bf16", "lora:2:bf16",
         "lora-retain:3:no:resume", "dreambooth-retain:2:no:resume", "lora:0:no:resume"],
 }  # fmt: skip
 RUNS = [(world, item) for world, plan in PLANS.items() for item in plan]
@@ -67,7 +67,7 @@ def test_both_sides_end_where_one_process_ends(results, reference, world: int, i
         for name in (*immunised, *learned):
             # Adam's steps are of the learning rates' size, 1e-3 and 2e-3, whatever the gradient's.
             found = rank[item]["parameters"][name]
-            torch.testing.assert_close(found, expected["parameters"][name], rtol=0, atol=5e-5)
+            torch.testing.assert_close(found, expected["parameters"][name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("world", "item"), FP32)

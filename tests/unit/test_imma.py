@@ -180,6 +180,10 @@ def test_bad_input_is_one_line(unet: nn.Module, loss: DiffusionLoss) -> None:
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"outer_lr": 0.0}, "outer_lr must be above 0"),
         ({"retain_weight": -1.0}, "retain_weight must be at least 0"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "train_batch_size 1 must be a multiple of its gradient_accumulation_steps 2",
+        ),
     ):
         with pytest.raises(RaygardError, match=message):
             IMMASettings(**settings)
