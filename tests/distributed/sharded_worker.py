@@ -28,6 +28,8 @@ from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
 from raygard.diffusion.model import load_noise_scheduler, load_unet  # noqa: E402
 
 GLOBAL_BATCH, INNER, ROUNDS = 16, 2, 6
+# Plans whose batches are kept: what the engine's module was called with.
+WATCHED = ("sgd3", "accum2")
 
 
 def setting(root: Path, user_optimizer: str, seed: int = 0):
@@ -54,9 +56,17 @@ def setting(root: Path, user_optimizer: str, seed: int = 0):
     return unet, DenoiserLoss(unet, DiffusionLoss(load_noise_scheduler(model))), pre, ft, sources, factory
 
 
-def dense(root: Path, user_optimizer: str) -> dict[str, torch.Tensor]:
+def watch(module: DenoiserLoss) -> list[tuple[torch.Tensor, ...]]:
+    """A list that grows by (latents, text, noise, timesteps) with every forward pass of `module`."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    module.register_forward_pre_hook(lambda _, batch: seen.append(tuple(part.clone() for part in batch)))
+    return seen
+
+
+def dense(root: Path, user_optimizer: str) -> dict[str, object]:
     """The plain path: one process, no DeepSpeed."""
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
+    seen = watch(module)
     parameters = dict(unet.named_parameters())
     optimizer = factory(list(parameters.values()))
     optimizer.bind(list(parameters.values()), ShardLayout.dense({n: p.numel() for n, p in parameters.items()}), pre, ft)
@@ -65,6 +75,7 @@ def dense(root: Path, user_optimizer: str) -> dict[str, torch.Tensor]:
     return {
         "logits": optimizer.logits,
         "theta": torch.cat([p.detach().reshape(-1) for p in parameters.values()]),
+        "seen": seen,
     }
 
 
@@ -81,6 +92,7 @@ def sharded(
     """One DeepSpeed run on this rank's shard."""
     world, rank = dist.get_world_size(), dist.get_rank()
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
+    seen = watch(module)
     engine = EngineConfig(num_workers=world, zero_stage=stage, mixed_precision=precision)
     bilevel = BilevelConfig(train_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation)
     with SavedState(resume) if resume is not None else nullcontext() as saved:
@@ -124,6 +136,7 @@ def sharded(
         },
         "invariant": optimizer.invariant_error(pre),
         "collectives": counted,
+        "seen": seen,
     }
 
 
@@ -185,6 +198,8 @@ def main() -> None:
         else:
             accumulation = int(rest[0]) if rest else 1
             results[name] = sharded(root, stage, precision, user_optimizer, accumulation=accumulation)
+        if name not in WATCHED:
+            results[name].pop("seen", None)
     torch.save(results, f"{out}/world{world}-rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ FP32 = [
     "adam2:2:no:adamw",
     "adam3:3:no:adamw",
 ]
+PARTS_OF_BATCH = ("latents", "text", "noise", "timesteps")
 TORN = "torn2:2:no:adamw:torn"
 PLANS = {
     1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
@@ -103,6 +104,24 @@ def test_logits_are_bitwise_equal_on_all_ranks(results, world: int, name: str, u
     first = results[world][0][name]["logits"]
     assert torch.isfinite(first).all()
     assert all(torch.equal(rank[name]["logits"], first) for rank in results[world])
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "accumulation"), [(1, "sgd3", 1), (2, "sgd3", 1), (4, "sgd3", 1), (2, "accum2", 2)]
+)
+def test_the_stream_of_batches_does_not_depend_on_the_number_of_workers(
+    results, reference, world: int, name: str, accumulation: int
+) -> None:
+    seen = [rank[name]["seen"] for rank in results[world]]
+    expected = reference["sgd"]["seen"]
+    assert all(len(passes) == accumulation * len(expected) for passes in seen)
+    for step, batch in enumerate(expected):
+        parts = [passes[accumulation * step + micro] for micro in range(accumulation) for passes in seen]
+        for index, (name_of_part, whole) in enumerate(zip(PARTS_OF_BATCH, batch, strict=True)):
+            # Each part holds as many illegal as legal pictures, illegal ones first, as the whole does.
+            halves = [part[index].chunk(2) for part in parts]
+            joined = torch.cat([half for role in zip(*halves, strict=True) for half in role])
+            assert torch.equal(joined, whole), f"{name_of_part} of step {step}"
 
 
 @pytest.mark.parametrize(("world", "name", "user"), cases("no") + cases("bf16"))
