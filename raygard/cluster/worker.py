@@ -52,7 +52,7 @@ def train_worker(job: dict[str, Any]) -> None:
     relearning = job["stage"] == "relearn"
     out = Path(job["out"])
 
-    training, sizes, first_k = _set_up(config, job, relearning)
+    training, sizes, first_k = set_up(config, job, relearning, last_checkpoint(out))
     optimizer = training.optimizer
     sources = batch_sources(config, load_cache(Path(job["cache"])), relearning, int(job["mask_seed"]))
     schedule = make_schedule(config, relearning, rank, world_size)
@@ -91,8 +91,13 @@ def train_worker(job: dict[str, Any]) -> None:
     _write_result(training, out, rank, relearning)
 
 
-def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[ShardedTraining, Tensor, int]:
-    """The engine, the tensors' sizes, and the step to go on from."""
+def set_up(
+    config: RunConfig, job: dict[str, Any], relearning: bool, checkpoint: Path | None = None
+) -> tuple[ShardedTraining, Tensor, int]:
+    """This rank's engine, the sizes of the model's tensors, int64 (N,), and the step to go on from. Collective.
+
+    job: relearned and mask_seed, as for `train_worker`; not read when relearning. checkpoint: a whole one to go on from.
+    """
     unet = load_unet(config.model)
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -108,7 +113,6 @@ def _set_up(config: RunConfig, job: dict[str, Any], relearning: bool) -> tuple[S
         return make_optimizer(config, params, rule, reduce)
 
     arguments = unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b
-    checkpoint = last_checkpoint(Path(job["out"]))
     if checkpoint is None:
         return build(*arguments), sizes, 0
     with SavedState(checkpoint) as saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,23 +33,30 @@ LATENT_FACTOR = 8
 
 @dataclass(frozen=True)
 class DenoiserShape:
-    """num_params: of the denoiser. saved_elements: numbers that autograd keeps for one picture's backward pass.
+    """sizes: numbers of elements of the denoiser's N parameter tensors, in its order.
 
-    num_tensors: parameter tensors.
+    saved_elements: numbers that autograd keeps for one picture's backward pass.
     """
 
-    num_params: int
-    num_tensors: int
+    sizes: tuple[int, ...]
     saved_elements: int
+
+    @property
+    def num_params(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self.sizes)
 
 
 def denoiser_config(model: ModelConfig) -> dict[str, Any]:
     """unet/config.json of a model, or of a known shape (`SD2.1-shape`). Raises RaygardError if there is none."""
     name = model.pretrained_model_name_or_path
     if is_shape(name):
-        if name not in KNOWN:
-            raise RaygardError(f"no known shape '{name}'{nearest(name, KNOWN)}")
         return KNOWN[name]
+    if name.endswith("-shape") and not Path(name).exists():
+        raise RaygardError(f"no known shape '{name}'{nearest(name, KNOWN)}, and no folder of this name")
     file = model_folder(model) / "unet" / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -58,8 +66,8 @@ def denoiser_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def is_shape(name: str) -> bool:
-    """Whether a model's name means a size only, to be estimated with and not to be loaded."""
-    return name.endswith("-shape")
+    """Whether a model's name means a size only, to be estimated with and not to be loaded; a folder is a model."""
+    return name in KNOWN and not Path(name).exists()
 
 
 def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointing: bool = False) -> DenoiserShape:
@@ -68,41 +76,50 @@ def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointi
     latent_side: height and width of the latents. Attention is counted as torch's fused kernels keep it.
     Raises RaygardError if the configuration does not make a denoiser that runs on latents, a time step and a text.
     """
+    try:
+        return measure(lambda: _unet(config, checkpointing), lambda unet: _run(unet, latent_side))
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise RaygardError(f"cannot run this denoiser to count its activations: {reason}") from None
+
+
+def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserShape:
+    """Make a module and run it forward, both on fake tensors, and count what its backward pass would keep.
+
+    run: takes the module; what it makes of tensors is fake as well.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     saved: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
         return tensor
 
-    try:
-        parameters = _run_fake(config, latent_side, checkpointing, keep)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise RaygardError(f"cannot run this denoiser to count its activations: {reason}") from None
+    with FakeTensorMode():
+        module = make()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run(module)
+        parameters = list(module.parameters())
     own = {id(parameter.untyped_storage()) for parameter in parameters}
     kept = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
-    sizes = [parameter.numel() for parameter in parameters]
-    return DenoiserShape(sum(sizes), len(sizes), kept // torch.float32.itemsize)
+    return DenoiserShape(tuple(parameter.numel() for parameter in parameters), kept // torch.float32.itemsize)
 
 
-def _run_fake(
-    config: Mapping[str, Any], latent_side: int, checkpointing: bool, keep: Callable[[torch.Tensor], torch.Tensor]
-) -> list[torch.Tensor]:
-    """One forward pass for one picture, showing `keep` what autograd saves; the parameters."""
+def _unet(config: Mapping[str, Any], checkpointing: bool) -> Any:
     from diffusers import UNet2DConditionModel
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        unet = UNet2DConditionModel.from_config(dict(config))
-        unet.train()
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        latents = torch.empty(1, unet.config.in_channels, latent_side, latent_side)
-        text = torch.empty(1, TEXT_TOKENS, unet.config.cross_attention_dim)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            unet(latents, torch.tensor([0]), text)
-        return list(unet.parameters())
+    unet: Any = UNet2DConditionModel.from_config(dict(config))
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def _run(unet: Any, latent_side: int) -> object:
+    latents = torch.empty(1, unet.config.in_channels, latent_side, latent_side)
+    return unet(latents, torch.tensor([0]), torch.empty(1, TEXT_TOKENS, unet.config.cross_attention_dim))
 
 
 def latent_side(config: Mapping[str, Any], model: ModelConfig, resolution: int | None) -> int:

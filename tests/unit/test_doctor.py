@@ -18,12 +18,13 @@ from raygard.cluster.doctor import node as on_node
 from raygard.cluster.doctor.checks import STAGES, Check, Facts, NodeFacts, all_green, judge
 from raygard.cluster.doctor.examine import examine, read_checks, report_json, require_fit
 from raygard.cluster.doctor.facts import worker_memory
+from raygard.cluster.doctor.main_memory import main_memory
 from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
 from raygard.cluster.doctor.node import Listing
 from raygard.config import ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.model import load_unet
-from raygard.diffusion.shape import denoiser_config, measure_denoiser
+from raygard.diffusion.shape import denoiser_config, is_shape, measure_denoiser
 from raygard.errors import ExitCode, RaygardError, UnfitClusterError
 from raygard.files import existing_folder
 
@@ -41,7 +42,7 @@ def the_facts(*nodes: NodeFacts, **other: Any) -> Facts:
         "address": "h:1",
         "storage": "/s",
         "versions": VERSIONS,
-        "memory": {"weights": GIB},
+        "memory": {"relearn": {"weights": GIB // 2}, "learn": {"weights": GIB}},
         "data": Listing(9, 9),
     }
     return Facts(**{**defaults, "nodes": nodes or (a_node("a"), a_node("b")), "mlflow_trouble": None, **other})
@@ -179,8 +180,9 @@ def test_long_jobs_start_in_spite_of_what_may_pass(
 
 def estimate(**changes: Any) -> dict[str, int]:
     settings: dict[str, Any] = {
-        "zero_stage": 2, "num_workers": 4, "mixed_precision": "no", "user_optimizer": "adamw",
-        "samples_per_worker": 1, "saved_elements": 1000, "host": False,
+        "stage": "learn", "num_trained": changes.get("num_params", 10**9), "largest": 10**7, "zero_stage": 2,
+        "num_workers": 4, "mixed_precision": "no", "adam": True, "samples_per_worker": 1, "saved_elements": 1000,
+        "accumulates": False, "host": False,
     }  # fmt: skip
     return estimate_memory(changes.pop("num_params", 10**9), **{**settings, **changes})
 
@@ -193,37 +195,55 @@ def test_standing_memory_is_that_of_the_optimizer() -> None:
     weights.grad = torch.randn(1000)
     optimizer.step()
     state = sum(v.nbytes for v in optimizer.state[weights].values() if torch.is_tensor(v))
-    terms = estimate(num_params=1000, zero_stage=0, num_workers=1, saved_elements=10**6)
+    terms = estimate(num_params=1000, zero_stage=0, num_workers=1)
     assert terms["theta_d"] + terms["Adam's moments"] == state
     assert terms["weights"] + terms["gradients"] == weights.nbytes + weights.grad.nbytes
 
 
 def test_each_stage_divides_what_it_shards() -> None:
-    totals = [sum(estimate(zero_stage=stage).values()) for stage in (1, 2, 3)]
-    assert totals[0] > totals[1]
-    assert estimate(zero_stage=2)["gradients"] * 4 == estimate(zero_stage=1)["gradients"] == 4 * 10**9
+    totals = [sum(estimate(zero_stage=stage, host=True).values()) for stage in (1, 2, 3)]
+    assert totals[0] >= totals[1]
     assert estimate(zero_stage=3)["weights"] * 4 == estimate(zero_stage=2)["weights"] == 4 * 10**9
+    assert estimate(zero_stage=2)["gradients"] * 4 == estimate(zero_stage=1)["gradients"] == 4 * 10**9
     one, many = (estimate(zero_stage=2, num_workers=n)["Adam's moments"] for n in (1, 8))
     assert one == 8 * many
     assert "float32 shard" not in estimate(zero_stage=0)
 
 
 def test_only_what_lives_at_the_same_time_is_added() -> None:
-    backward = estimate(saved_elements=10**10)
-    assert backward["activations"] == 4 * 10**10 and "Adam's temporary" not in backward
-    step = estimate(num_workers=1, saved_elements=1, num_params=10**10)
+    backward = estimate(saved_elements=10**11)
+    assert backward["activations"] == 4 * 10**11 and "Adam's temporary" not in backward
+    assert backward["reduce buffer"] == 4 * REDUCE_BUCKET
+    assert "reduce buffer" not in {name for name, size in estimate(saved_elements=10**11, host=True).items() if size}
+    step = estimate(num_workers=1, num_params=10**10)
     assert "activations" not in step and step["Adam's temporary"] == 4 * 10**10
-    assert estimate(saved_elements=10**10)["reduce buffer"] == 4 * REDUCE_BUCKET
-    assert estimate(saved_elements=10**10, host=True, num_params=1000)["reduce buffer"] == 4000
+    accumulated = estimate(saved_elements=10**11, host=True, accumulates=True)
+    assert accumulated["gradients"] == 10**9
 
 
 def test_half_precision_halves_weights_and_activations_only() -> None:
-    full, half = estimate(saved_elements=10**10), estimate(saved_elements=10**10, mixed_precision="bf16")
-    for name in ("weights", "gradients", "activations"):
+    full, half = estimate(saved_elements=10**11), estimate(saved_elements=10**11, mixed_precision="bf16")
+    for name in ("weights", "activations", "reduce buffer"):
         assert full[name] == 2 * half[name]
     for name in ("theta_d", "float32 shard", "Adam's moments"):
         assert full[name] == half[name]
     assert estimate(mixed_precision="bf16", zero_stage=0)["weights"] == 4 * 10**9
+
+
+def test_relearning_has_moments_whatever_the_simulated_user_has() -> None:
+    found = worker_memory(load_config(None, ["domain.resolution=64", "bilevel.user_optimizer=sgd"]))
+    assert "Adam's moments" in found["relearn"] and "Adam's moments" not in found["learn"]
+    assert "values" not in found
+
+
+def test_values_need_the_moments_of_what_is_frozen_at_most() -> None:
+    values = ["values.max_train_steps=40", "domain.general=[x]", "domain.resolution=64", "mask.freeze_ratio=0.5"]
+    by_params, by_count = (worker_memory(load_config(None, [*values, f"mask.budget={b}"])) for b in ("params", "count"))
+    whole = by_params["learn"]["Adam's moments"]
+    assert by_params["values"]["Adam's moments"] == pytest.approx(whole / 2, rel=1e-4)
+    # Half of the tensors may be the largest ones.
+    assert whole / 2 < by_count["values"]["Adam's moments"] < whole
+    assert "theta_d" not in by_params["values"]
 
 
 def test_the_description_adds_up() -> None:
@@ -235,6 +255,16 @@ def test_a_shape_has_the_published_number_of_parameters() -> None:
     assert (found.num_params, found.num_tensors) == (865_910_724, 686)
     with pytest.raises(RaygardError, match=r"no known shape 'SD2-shape'.*SD2.1-shape"):
         denoiser_config(ModelConfig(pretrained_model_name_or_path="SD2-shape"))
+
+
+def test_a_folder_is_a_model_whatever_its_name(tiny_sd: Path, tmp_path: Path, monkeypatch) -> None:
+    for name in ("my-shape", "SD2.1-shape"):
+        (tmp_path / name).symlink_to(tiny_sd)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-shape", "SD2.1-shape"):
+        assert not is_shape(name)
+        own = denoiser_config(ModelConfig(pretrained_model_name_or_path=name))
+        assert own["block_out_channels"] == [8, 16]
 
 
 def test_a_denoiser_that_cannot_be_run_is_an_error_in_one_line() -> None:
@@ -267,7 +297,7 @@ def test_a_run_is_estimated_from_its_configuration() -> None:
         worker_memory(load_config(None, ["domain.resolution=64", f"bilevel.train_batch_size={batch}"]))
         for batch in (16, 32)
     )
-    assert large["activations"] == 2 * small["activations"]
+    assert 0 < small["learn"]["activations"] * 2 == large["learn"]["activations"]
 
 
 # A node
@@ -298,4 +328,33 @@ def test_listings_name_what_cannot_be_read(tmp_path: Path, tiny_sd: Path) -> Non
     assert "/no/such/data" in str(on_node.list_data("/no/such/data").error)
     assert on_node.list_data("zoo:emoji-styles").num_files > 0
     assert str(Path.cwd()) in str(on_node.list_data("no/such/data").error)
-    assert on_node.main_memory() > 2**20
+
+
+V1, V2 = "4:memory:/kubepods/pod7", "0::/"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, 8000 * 1024),
+        (V2, {"memory.max": "max\n", "memory.current": "10\n"}, 8000 * 1024),
+        (V2, {"memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "anon 9\ninactive_file 500\n"}, 2500),
+        # A container sees its group at the mount, or, without a namespace of its own, below it.
+        (V1, {"memory/memory.limit_in_bytes": "4000\n", "memory/memory.usage_in_bytes": "1000\n"}, 3000),
+        (V1, {"memory/kubepods/memory.limit_in_bytes": "900\n", "memory/kubepods/memory.usage_in_bytes": "1000\n"}, 0),
+    ],
+)
+def test_main_memory_is_what_the_container_may_have(tmp_path: Path, groups: str, files: dict, expected: int) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99999 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"{groups}\n" if groups else "")
+    for name, content in files.items():
+        file = tmp_path / "sys" / "fs" / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    assert main_memory(tmp_path) == expected
+
+
+def test_main_memory_of_this_machine_is_known_and_that_of_none_is_not(tmp_path: Path) -> None:
+    assert main_memory() > 2**20
+    assert main_memory(tmp_path) == 0

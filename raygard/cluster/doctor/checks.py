@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raygard.cluster.doctor.memory import GIB, NOT_COVERED, describe_memory
+from raygard.cluster.doctor.memory import CUDA_CONTEXT, GIB, LIBRARIES, NOT_COVERED, describe_memory
 from raygard.cluster.doctor.node import MIB, Listing
 from raygard.cluster.evaluation_pool import evaluation_fits
 from raygard.cluster.session import workers_fit
@@ -17,9 +17,6 @@ from raygard.search.space import concurrent_trials
 
 # NVIDIA's advice for containers in which NCCL runs, beside what Ray's object store takes of /dev/shm.
 NCCL_SHM_BYTES = 1024**3
-# What the CUDA context and its libraries take, which no estimate sees.
-CUDA_BYTES = 1024**3
-
 
 # What a job may do; a search does all of it.
 STAGES = ("learn", "evaluate", "search")
@@ -76,15 +73,15 @@ class Facts:
     """What all checks are made of.
 
     address: of the cluster, "" for a private one. storage: the folder that markers were written to. versions: of the
-    process that asks. memory: terms of `estimate_memory`, or why there is none. data: the domain's folder, which only
-    the driver reads. mlflow_trouble: why the store does not answer.
+    process that asks. memory: terms of `estimate_memory` by stage, or why there are none. data: the domain's folder,
+    which only the driver reads. mlflow_trouble: why the store does not answer.
     """
 
     address: str
     storage: str
     versions: Mapping[str, str]
     nodes: Sequence[NodeFacts]
-    memory: Mapping[str, int] | str
+    memory: Mapping[str, Mapping[str, int]] | str
     data: Listing
     mlflow_trouble: str | None
 
@@ -191,16 +188,18 @@ def check_shm(config: RunConfig, nodes: Sequence[NodeFacts]) -> Check:
     return Check("shm", True, f"/dev/shm has at least {least / MIB:.0f} MiB on every node")
 
 
-def check_memory(config: RunConfig, terms: Mapping[str, int] | str, nodes: Sequence[NodeFacts]) -> Check:
-    """What one worker needs is free on the GPUs it may land on, or in main memory on CPUs."""
-    if isinstance(terms, str):
+def check_memory(config: RunConfig, stages: Mapping[str, Mapping[str, int]] | str, nodes: Sequence[NodeFacts]) -> Check:
+    """What one worker needs in its largest stage is free on the GPUs it may land on, or in main memory on CPUs."""
+    if isinstance(stages, str):
         # The arithmetic failed, not the cluster: no reason to keep a job from starting.
-        return Check("memory", True, f"not estimated: {terms}")
+        return Check("memory", True, f"not estimated: {stages}")
     engine = config.engine
-    need = sum(terms.values()) + (CUDA_BYTES if engine.use_gpu else 0)
-    said = f"a worker needs {describe_memory(dict(terms))}"
+    stage = max(stages, key=lambda name: sum(stages[name].values()))
+    process = {"CUDA context": CUDA_CONTEXT} if engine.use_gpu else {"Python's libraries": LIBRARIES}
+    terms = {**stages[stage], **process}
+    need = sum(terms.values())
+    said = f"a worker needs {describe_memory(terms)} (stage {stage})"
     if engine.use_gpu:
-        said += " + 1.0 for CUDA"
         free = [(f"GPU {i} of {n.name}", each[0]) for n in nodes for i, each in enumerate(n.gpus)]
         if not free:
             return Check("memory", False, f"{said}; no node shows a GPU", "install NVIDIA's driver and container tools")
@@ -263,7 +262,7 @@ def check_data(name: str, listing: Listing) -> Check:
     return Check("data", True, f"{name} is readable where the job's driver runs")
 
 
-def fit_or_reason(find: Callable[[], Mapping[str, int]]) -> Mapping[str, int] | str:
+def fit_or_reason(find: Callable[[], Mapping[Any, Mapping[str, int]]]) -> Mapping[Any, Mapping[str, int]] | str:
     """What `find` returns, or the message of its RaygardError."""
     try:
         return find()

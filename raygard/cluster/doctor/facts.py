@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from raygard.cluster.doctor.checks import Facts, NodeFacts, fit_or_reason
-from raygard.cluster.doctor.memory import estimate_memory
+from raygard.cluster.doctor.memory import TrainStage, estimate_memory, most_trained
 from raygard.cluster.doctor.node import Listing, list_data, look_around, remove_markers, unseen_markers, versions
-from raygard.config import RunConfig
+from raygard.config import BilevelConfig, RunConfig, ValuesConfig
 from raygard.files import existing_folder
 from raygard.tracking_store import store_trouble
 
 # A node that starts its first worker process imports Ray and raygard from a cold disk.
 NODE_TIMEOUT_S = 120.0
+LEARNING: tuple[TrainStage, ...] = ("relearn", "learn")
 
 
 def collect(config: RunConfig, out: str | Path, address: str) -> Facts:
@@ -61,23 +62,36 @@ def collect(config: RunConfig, out: str | Path, address: str) -> Facts:
     )
 
 
-def worker_memory(config: RunConfig) -> dict[str, int]:
-    """`estimate_memory` for a run's configuration. Raises RaygardError if the model's shape cannot be found."""
+def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
+    """`estimate_memory` for each training stage of a run. Raises RaygardError if the model's shape cannot be found."""
     from raygard.diffusion.shape import denoiser_config, latent_side, measure_denoiser
 
-    content, engine, b = denoiser_config(config.model), config.engine, config.bilevel
+    content, engine, b, values = denoiser_config(config.model), config.engine, config.bilevel, config.values
     side = latent_side(content, config.model, config.domain.resolution)
     shape = measure_denoiser(content, side, checkpointing=engine.gradient_checkpointing)
-    return estimate_memory(
-        shape.num_params,
-        zero_stage=engine.zero_stage,
-        num_workers=engine.fewest_workers,
-        mixed_precision=engine.mixed_precision,
-        user_optimizer=b.user_optimizer,
-        samples_per_worker=b.train_batch_size // (engine.fewest_workers * b.gradient_accumulation_steps),
-        saved_elements=shape.saved_elements,
-        host=not engine.use_gpu,
-    )
+
+    def estimate(stage: TrainStage, settings: BilevelConfig | ValuesConfig, num_trained: int) -> dict[str, int]:
+        return estimate_memory(
+            shape.num_params,
+            stage=stage,
+            num_trained=num_trained,
+            largest=max(shape.sizes),
+            zero_stage=engine.zero_stage,
+            num_workers=engine.fewest_workers,
+            mixed_precision=engine.mixed_precision,
+            adam=stage != "learn" or b.user_optimizer == "adamw",
+            samples_per_worker=settings.train_batch_size
+            // (engine.fewest_workers * settings.gradient_accumulation_steps),
+            saved_elements=shape.saved_elements,
+            accumulates=settings.gradient_accumulation_steps > 1,
+            host=not engine.use_gpu,
+        )
+
+    found: dict[TrainStage, dict[str, int]] = {stage: estimate(stage, b, shape.num_params) for stage in LEARNING}
+    if values.enabled:
+        trained = most_trained(shape.sizes, config.mask.freeze_ratio, config.mask.budget)
+        found["values"] = estimate("values", values, trained)
+    return found
 
 
 def _on_each(

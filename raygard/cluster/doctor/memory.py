@@ -1,7 +1,8 @@
-"""How much memory one worker of a mask-learning run needs, as arithmetic."""
+"""How much memory one worker of a training stage needs, as arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 GIB = 1024**3
@@ -10,54 +11,100 @@ FP32, BF16 = 4, 2
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 NOT_COVERED = (
-    "not covered: the CUDA context and libraries (about 1 GiB), NCCL's buffers, workspaces of convolutions, "
-    "fragmentation, short-lived temporaries, and evaluation actors that share the device"
+    "not covered: NCCL's buffers, workspaces of convolutions, fragmentation, short-lived temporaries, and evaluation "
+    "actors that share the device"
 )
+# What the CUDA context and its libraries take of a GPU, and Python's libraries of main memory (benchmarks/memory.py).
+CUDA_CONTEXT = 1 * GIB
+LIBRARIES = 700 * 1024**2
+TrainStage = Literal["relearn", "learn", "values"]
+ZeroStage = Literal[0, 1, 2, 3]
 
 
 def estimate_memory(
     num_params: int,
     *,
-    zero_stage: Literal[0, 1, 2, 3],
+    stage: TrainStage,
+    num_trained: int,
+    largest: int,
+    zero_stage: ZeroStage,
     num_workers: int,
     mixed_precision: Literal["no", "bf16"],
-    user_optimizer: Literal["sgd", "adamw"],
+    adam: bool,
     samples_per_worker: int,
     saved_elements: int,
+    accumulates: bool,
     host: bool,
 ) -> dict[str, int]:
-    """Bytes of each thing that lies in one worker's memory at the peak of a mask-learning step.
+    """Bytes of each thing that lies in one worker's memory at the peak of a training step.
 
-    num_params: of the denoiser. samples_per_worker: pictures of one backward pass. saved_elements: what autograd keeps
-    for one of them. host: the device is the CPU, where theta_pre and theta_ft lie as well; beside a GPU they stay in
-    main memory. What is not covered: NOT_COVERED. From how `raygard.cluster.engine` sets DeepSpeed 0.19 up: flat
-    shards in float32, theta_d and Adam's moments beside them; without ZeRO, bf16 is autocast over float32 weights.
+    num_params: of the denoiser; num_trained: of them with a gradient, fewer than all in stage "values" only. largest:
+    of one tensor. adam: whether the optimizer keeps moments, as all do but a simulated user's SGD. samples_per_worker:
+    pictures of one backward pass. saved_elements: what autograd keeps for one of them. accumulates: several backward
+    passes make a step. host: the device is the CPU, where theta_pre lies as well; beside a GPU it stays in main memory.
+    What is not covered: NOT_COVERED. From how `raygard.cluster.engine` sets DeepSpeed 0.19 up: flat shards in float32,
+    theta_d and Adam's moments beside them; without ZeRO, bf16 is autocast over float32 weights. docs/scaling.md has
+    measured memory beside it.
     """
     sharded = zero_stage > 0
     half = mixed_precision == "bf16"
     stored = BF16 if half and sharded else FP32
-    shard = -(-num_params // num_workers) if sharded else num_params
-    terms = {
-        "weights": (shard if zero_stage == 3 else num_params) * stored,
-        "gradients": (shard if zero_stage >= 2 else num_params) * stored,
-        "theta_d": shard * FP32,
-    }
-    backward = {"activations": samples_per_worker * saved_elements * (BF16 if half else FP32)}
-    step = {}
+    workers = num_workers if sharded else 1
+    shard = -(-num_trained // workers)
+    standing = {"weights": (-(-num_params // workers) if zero_stage == 3 else num_params) * stored}
+    if stage != "values":
+        standing["theta_d"] = shard * FP32
     if sharded:
-        terms["float32 shard"] = shard * FP32
-        # Main memory is taken as it is written to, a GPU's at once.
-        backward["reduce buffer"] = (min(REDUCE_BUCKET, num_params) if host else REDUCE_BUCKET) * stored
-        step["flat gradient"] = shard * FP32
-    if zero_stage == 3:
-        backward["gathered weights"] = min(num_params, MAX_LIVE) * stored
-    if user_optimizer == "adamw":
-        terms["Adam's moments"] = 2 * shard * FP32
-        step["Adam's temporary"] = shard * FP32
-    if host:
-        terms["theta_pre and theta_ft"] = 2 * num_params * FP32
-    # What a backward pass needs is free again when the optimizer steps.
-    return terms | max(backward, step, key=lambda part: sum(part.values()))
+        standing["float32 shard"] = shard * FP32
+    if adam:
+        standing["Adam's moments"] = 2 * shard * FP32
+    if host and stage != "values":
+        standing["theta_pre"] = num_params * FP32
+    if host and stage == "values" and zero_stage in (1, 2) and stored == FP32:
+        # Weights are mapped from their file as one piece, which stays while a tensor that is not trained lies in it.
+        standing["mapped originals"] = num_trained * FP32
+    activations = samples_per_worker * saved_elements * (BF16 if half else FP32)
+    # DeepSpeed gathers gradients in a bucket and flattens its content once more to send it. Main memory is taken as it
+    # is written to, a GPU's at once.
+    sent = min(REDUCE_BUCKET, num_trained) * stored
+    bucket = sent if host else REDUCE_BUCKET * stored
+    gradients = (shard if zero_stage >= 2 else num_trained) * stored
+    step = {"flat gradient": shard * FP32, "Adam's temporary": shard * FP32 if adam else 0}
+    # A backward pass frees activations while it makes gradients: these are its beginning, its middle (half of the
+    # activations belong to the half of the network that comes first), its end, and the optimizer's step.
+    if zero_stage == 0:
+        moments = [
+            {"activations": activations, "gradients": gradients if accumulates else 0},
+            {"activations": activations // 2, "gradients": gradients},
+            {"gradients": gradients, "reduce copy": sent},
+            {"gradients": gradients, "Adam's temporary": largest * FP32 if adam else 0},
+        ]
+    elif zero_stage < 3:
+        # What is reduced waits for the step, unless one bucket holds all of it.
+        kept = {"gradients": gradients if accumulates or num_trained > REDUCE_BUCKET else 0}
+        first = {"reduce buffer": 0 if host else bucket, **(kept if accumulates else {})}
+        moments = [
+            {"activations": activations, **first},
+            {"activations": activations // 2, "reduce buffer": bucket, **kept},
+            {"reduce buffer": bucket, "reduce copy": sent, **kept},
+            step,
+        ]
+    else:
+        standing |= {"gradients": gradients, "reduce buffer": bucket}
+        gathered = {"gathered weights": min(num_params, MAX_LIVE) * stored}
+        moments = [
+            {"activations": activations, **gathered},
+            {"activations": activations // 2, "reduce copy": sent, **gathered},
+            step,
+        ]
+    return standing | max(moments, key=lambda part: sum(part.values()))
+
+
+def most_trained(sizes: Sequence[int], freeze_ratio: float, budget: Literal["count", "params"]) -> int:
+    """The most elements that a mask of this budget can freeze, and stage "values" train. sizes: of the N tensors."""
+    if budget == "params":
+        return round(freeze_ratio * sum(sizes))
+    return sum(sorted(sizes, reverse=True)[: round(freeze_ratio * len(sizes))])
 
 
 def describe_memory(terms: dict[str, int]) -> str:

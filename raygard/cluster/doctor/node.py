@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raygard.cluster.doctor.main_memory import main_memory
+
 PACKAGES = ("raygard", "ray", "torch", "deepspeed", "diffusers", "transformers")
 MIB = 1024**2
 # Network file systems show a new file to other clients after a moment.
@@ -113,17 +115,6 @@ def gpu_memory() -> list[tuple[int, int]]:
         return [(int(free) * MIB, int(total) * MIB) for free, total in rows]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
-
-
-def main_memory() -> int:
-    """Bytes of main memory that can still be had, as Linux estimates it; 0 if it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return 0
 
 
 def look_around(folder: str, node_id: str, model: str, revision: str | None) -> dict[str, Any]:
