@@ -87,7 +87,7 @@ def mask_phases(config: RunConfig, relearning: bool) -> Iterator[None]:
     from raygard.cluster.worker import set_up
 
     model = Path(config.model.pretrained_model_name_or_path)
-    training, _ = set_up(config, workers.learning_job(model), relearning)
+    training, *_ = set_up(config, workers.learning_job(model), relearning)
     yield
     for _ in workers.steps(training, config, workers.random_latents(model), relearning):
         pass

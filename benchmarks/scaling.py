@@ -39,7 +39,7 @@ def counted(config: RunConfig) -> dict[str, Any]:
     from raygard.cluster.worker import set_up
 
     model = Path(config.model.pretrained_model_name_or_path)
-    training, sizes = set_up(config, workers.learning_job(model), relearning=False)
+    training, sizes, _ = set_up(config, workers.learning_job(model), relearning=False)
     optimizer, own = training.optimizer, Traffic()
     step = optimizer.step
 

@@ -96,7 +96,8 @@ def set_up(
 ) -> tuple[ShardedTraining, Tensor, int]:
     """This rank's engine, the sizes of the model's tensors, int64 (N,), and the step to go on from. Collective.
 
-    job: relearned and mask_seed, as for `train_worker`; not read when relearning. checkpoint: a whole one to go on from.
+    job: relearned and mask_seed, as for `train_worker`; not read when relearning. checkpoint: a whole one to go on
+    from.
     """
     unet = load_unet(config.model)
     if config.engine.gradient_checkpointing:
