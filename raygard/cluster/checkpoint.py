@@ -53,14 +53,12 @@ def read_manifest(folder: Path, rank: int = 0) -> dict[str, Any]:
     return content
 
 
-def newest_whole(newest: Path, device: torch.device | str = "cpu") -> Path:
-    """The newest checkpoint, up to `newest`, that has every file of every rank that wrote it. Collective.
+def first_whole(folders: Sequence[Path], device: torch.device | str = "cpu") -> Path | None:
+    """The first of these checkpoints that has every file of every rank that wrote it, or None. Collective.
 
-    device: where the process group's collectives take tensors.
-    Raises RaygardError if there is none.
+    folders: the same on all ranks. device: where the process group's collectives take tensors.
     """
-    older = sorted((path for path in newest.parent.glob("checkpoint_*") if path < newest), reverse=True)
-    for folder in (newest, *older):
+    for folder in folders:
         trouble = find_damage(folder, dist.get_rank(), dist.get_world_size())
         whole = torch.tensor([trouble is None], dtype=torch.int32, device=device)
         dist.all_reduce(whole, op=dist.ReduceOp.MIN)
@@ -69,7 +67,7 @@ def newest_whole(newest: Path, device: torch.device | str = "cpu") -> Path:
         log.warning(
             "checkpoint %s is not usable (%s); trying the one before it", folder.name, trouble or "another rank"
         )
-    raise RaygardError(f"no usable checkpoint in {newest.parent}; remove the folder to start over")
+    return None
 
 
 def find_damage(folder: Path, part: int, parts: int) -> str | None:
@@ -114,7 +112,7 @@ class SavedState:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError, ValueError or SafetensorError if a file is missing or damaged (see `newest_whole`)."""
+        """Raises OSError, ValueError or SafetensorError if a file is missing or damaged (see `first_whole`)."""
         manifest = read_manifest(folder)
         self.k, self.world_size = int(manifest["k"]), int(manifest["world_size"])
         self.shared: dict[str, Tensor] = {}

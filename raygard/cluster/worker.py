@@ -20,12 +20,13 @@ from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alte
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
-from raygard.cluster.checkpoint import SavedState, newest_whole, read_manifest
+from raygard.cluster.checkpoint import SavedState, first_whole, read_manifest
 from raygard.cluster.engine import Checkpointed, ShardedTraining, build, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.errors import RaygardError
 from raygard.files import readable_disk_errors, scratch, write_text
 from raygard.mask.soft import select_frozen
 
@@ -204,19 +205,26 @@ def begin(job: dict[str, Any]) -> tuple[RunConfig, int, int]:
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of the stage in `out` that is whole, None at the start. Collective.
 
-    Halves that a killed attempt left behind are removed.
+    That may be one whose report was under way when the workers were lost, of which Ray Train knows nothing. What it
+    does not know and is not whole, a killed attempt's half, is removed.
     Raises RaygardError if there are checkpoints and none is whole.
     """
     import ray.train
+    import ray.train.collective
     import ray.train.torch
 
-    checkpoint = ray.train.get_checkpoint()
-    newest = None if checkpoint is None else Path(checkpoint.path)
+    storage = (out / STORAGE / RUN_NAME).resolve()
+    names = sorted((path.name for path in storage.glob("checkpoint_*") if path.is_dir()), reverse=True)
+    names = ray.train.collective.broadcast_from_rank_zero(names)
+    known = ray.train.get_checkpoint()
+    found = first_whole([storage / name for name in names], ray.train.torch.get_device())
+    if found is None and known is not None:
+        raise RaygardError(f"no usable checkpoint in {storage}; remove the folder to start over")
     if dist.get_rank() == 0:
-        for folder in (out / STORAGE / RUN_NAME).resolve().glob("checkpoint_*"):
-            if folder.is_dir() and (newest is None or folder > newest):
-                shutil.rmtree(folder)
-    return None if newest is None else newest_whole(newest, ray.train.torch.get_device())
+        for name in names:
+            if (found is None or name > found.name) and (known is None or name > Path(known.path).name):
+                shutil.rmtree(storage / name)
+    return found
 
 
 def load_engine(training: Checkpointed, out: Path, what: str) -> int:

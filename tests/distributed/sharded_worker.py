@@ -20,7 +20,7 @@ from raygard.bilevel.batches import BatchSource  # noqa: E402
 from raygard.bilevel.optimizer import BilevelOptimizer  # noqa: E402
 from raygard.bilevel.rules import RuleSettings, make_rule  # noqa: E402
 from raygard.bilevel.segments import ShardLayout  # noqa: E402
-from raygard.cluster.checkpoint import SavedState, newest_whole  # noqa: E402
+from raygard.cluster.checkpoint import SavedState, first_whole  # noqa: E402
 from raygard.cluster.engine import ShardedTraining, build  # noqa: E402
 from raygard.config import BilevelConfig, EngineConfig  # noqa: E402
 from raygard.diffusion.cache import load_cache  # noqa: E402
@@ -146,19 +146,16 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
     folders = [storage / "checkpoint_1", storage / "checkpoint_2"]
     for folder, rounds in zip(folders, (2, 4), strict=True):
         sharded(root, stage, precision, user_optimizer, rounds=rounds, save=folder)
-    resumed = [sharded(root, stage, precision, user_optimizer, rounds=0, resume=newest_whole(folders[1]))]
-    dist.barrier()
-    for folder in reversed(folders):
+    newest_first = folders[::-1]
+    found = [first_whole(newest_first)]
+    for folder in newest_first:
         if dist.get_rank() == 0:
             victim = folder / "state-00001.safetensors"
             os.truncate(victim, victim.stat().st_size // 2)
         dist.barrier()
-        try:
-            resumed.append(sharded(root, stage, precision, user_optimizer, rounds=0, resume=newest_whole(folders[1])))
-        except ValueError as error:
-            resumed.append({"error": str(error)})
+        found.append(first_whole(newest_first))
         dist.barrier()
-    return {"resumed": [r.get("first_k", r.get("error")) for r in resumed]}
+    return {"found": [None if folder is None else folder.name for folder in found]}
 
 
 def main() -> None:

@@ -198,7 +198,8 @@ def test_head_is_lost_and_the_same_command_goes_on_on_a_new_one(
                 process.kill()
 
     first = Watch(history, 5, kill_the_head)
-    process = nodes.drive(material.root, tmp_path)
+    # Its driver would wait a minute for the head to come back.
+    process = nodes.drive(material.root, tmp_path, RAY_gcs_rpc_server_reconnect_timeout_s="10")
     # The driver's own node is gone with the head: it ends by itself, never waits for ever.
     ended(process)
     first.end()
