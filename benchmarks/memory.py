@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import workers
-from raygard.cluster.engine import Checkpointed
+from raygard.cluster.engine import Checkpointed, ShardedTraining
 from raygard.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def mask_phases(config: RunConfig, relearning: bool) -> Iterator[None]:
     yield from checkpoint(training)
 
 
-def checkpoint(training: Checkpointed) -> Iterator[None]:
+def checkpoint(training: Checkpointed | ShardedTraining) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
         training.save(Path(folder), 1)
     yield
