@@ -112,24 +112,28 @@ class Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        resumed = False
+        resumed, before = False, None
         while not self.ended.wait(0.02):
             k = last_step(self.history)
             if self.struck_at is None and k >= self.k:
                 self.struck_at = time.monotonic()
+                before = self.history.stat().st_ino
                 try:
                     self.strike()
                 except BaseException as error:
                     self.failed = error
                     return
-            if self.struck_at is None or (resumed and k <= self.furthest):
+            if self.struck_at is None:
                 continue
-            if k < self.furthest:
-                self.repeated, resumed = self.furthest - k, True
-            elif resumed:
+            # A run that goes on writes its history anew, from the checkpoint's step on.
+            if not resumed and self.history.stat().st_ino != before:
+                k, resumed = last_step(self.history), True
+                self.repeated = max(0, self.furthest - k)
+            elif resumed and k > self.furthest:
                 self.recovered_s = time.monotonic() - self.struck_at
                 return
-            self.furthest = max(self.furthest, k)
+            if not resumed:
+                self.furthest = max(self.furthest, k)
 
     def end(self) -> None:
         """Raises what the strike raised; an assertion fails if it never came."""

