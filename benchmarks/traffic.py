@@ -39,7 +39,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            kind = KINDS[func._schema.name.split("::")[1]]
+            kind = KINDS[func._schema.name.removeprefix("c10d::")]
             self.calls[kind] += 1
             self.payload[kind] += max((_bytes(argument) for argument in args), default=0)
         return func(*args, **(kwargs or {}))

@@ -95,7 +95,7 @@ def run_world(world: int, function: Callable[..., Any], *arguments: Any) -> list
     try:
         with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
             torch.multiprocessing.spawn(_rank, (world, folder, function, arguments), nprocs=world)
-            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

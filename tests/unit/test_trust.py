@@ -42,6 +42,7 @@ MAY_LOAD = {
     ("raygard/zoo/autoencoder.py", "torch.load"): "checkpoints of the script that made the model, weights_only",
     ("raygard/zoo/pretrain.py", "torch.load"): "checkpoints of the script that made the model, weights_only",
     ("benchmarks/selectivity_bench.py", "torch.load"): "results of the same benchmark, weights_only",
+    ("benchmarks/workers.py", "torch.load"): "results of the same benchmark's ranks, weights_only",
     ("raygard/cluster/engine.py", "self.engine.load_checkpoint"): "DeepSpeed's pickles, in a run directory of our own",
     ("raygard/cluster/search.py", "tune.Tuner.restore"): "Tune's pickles, in a run directory of our own",
 }
