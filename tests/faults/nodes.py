@@ -109,7 +109,14 @@ class Watch(threading.Thread):
         self.struck_at: float | None = None
         self.furthest, self.repeated, self.recovered_s = -1, 0, float("nan")
         self.failed: BaseException | None = None
+        self.striking = threading.Thread(target=self._strike, daemon=True)
         self.start()
+
+    def _strike(self) -> None:
+        try:
+            self.strike()
+        except BaseException as error:
+            self.failed = error
 
     def run(self) -> None:
         resumed, before = False, None
@@ -118,11 +125,8 @@ class Watch(threading.Thread):
             if self.struck_at is None and k >= self.k:
                 self.struck_at = time.monotonic()
                 before = self.history.stat().st_ino
-                try:
-                    self.strike()
-                except BaseException as error:
-                    self.failed = error
-                    return
+                # A strike may take long, and the run goes on meanwhile.
+                self.striking.start()
             if self.struck_at is None:
                 continue
             # A run that goes on writes its history anew, from the checkpoint's step on.
@@ -139,6 +143,8 @@ class Watch(threading.Thread):
         """Raises what the strike raised; an assertion fails if it never came."""
         self.ended.set()
         self.join()
+        if self.struck_at is not None:
+            self.striking.join()
         if self.failed is not None:
             raise self.failed
         assert self.struck_at is not None, "the run never came so far"
