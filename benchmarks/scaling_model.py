@@ -28,10 +28,10 @@ from raygard.cluster.doctor.memory import (
 GPUS_PER_NODE = 8
 # name: (value, unit, source)
 HARDWARE = {
-    "H200 memory": (141e9, "B", "NVIDIA H200 data sheet"),
-    "H200 bf16, dense": (989e12, "FLOP/s", "NVIDIA H200 data sheet"),
-    "H200 NVLink, one direction": (450e9, "B/s", "NVIDIA H200 data sheet: 900 GB/s both ways"),
-    "between nodes, for each GPU": (50e9, "B/s", "NVIDIA DGX H200 data sheet: 8 x 400 Gb/s for 8 GPUs"),
+    "H200 memory": (141e9, "B", "NVIDIA's system description in MLPerf Inference v4.1 (H200-SXM-141GBx8)"),
+    "H200 bf16, dense": (989e12, "FLOP/s", "NVIDIA H200 data sheet: half of the 1,979 with sparsity"),
+    "H200 NVLink, one direction": (450e9, "B/s", "the same description: 18 links, 900 GB/s both ways"),
+    "between nodes, for each GPU": (50e9, "B/s", "NVIDIA DGX BasePOD guide, DGX H200: eight ConnectX-7 of 400 Gb/s"),
     "A100 bf16, dense": (312e12, "FLOP/s", "NVIDIA A100 data sheet"),
 }
 # SD2-base's UNet from cached latents at 512 px: pictures a second by number of A100s (mosaicml/diffusion, README.md).
