@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import workers
+from benchmarks.resident import reset_peak, resident
 from raygard.cluster.engine import Checkpointed, ShardedTraining
 from raygard.config import RunConfig
 
@@ -128,16 +129,6 @@ def values_phases(config: RunConfig) -> Iterator[None]:
         pass
     yield
     yield from checkpoint(training)
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def estimate(name: str, config: RunConfig) -> dict[str, int]:

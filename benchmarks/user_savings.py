@@ -1,0 +1,266 @@
+"""What a user saves who keeps to a mask: memory and time of fine-tuning at several freeze ratios (docs/performance.md).
+
+    python benchmarks/user_savings.py [--rounds 3] [--out benchmarks/results/user_savings.json] [--plot FILE]
+
+The loop is raygard's own (`raygard.adaptation.training.train`, AdamW, float32). A share p is frozen in three ways:
+random tensors, p of their number (`count`); random tensors, p of the parameters (`params`); the largest tensors, p of
+their number (`largest`). Every case runs in a process of its own, on one thread, and a round runs all of them once,
+with other random tensors: what a ratio compares was measured in the same run.
+
+On a CPU the model is a UNet of Stable Diffusion's layout with 79 million parameters, memory is resident memory less
+what libraries take, and time is the process's CPU time, which does not count other work of the machine. With a GPU it
+is SD 2.1's UNet on latents of 512 pixels in bf16 autocast, memory is what torch allocated, and time is wall time.
+
+Counted beside it for SD 2.1's UNet, without running it: gradients, Adam's moments, what autograd keeps, and
+floating-point operations of forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from benchmarks import workers
+from benchmarks.memory import TINY, UNET
+from benchmarks.resident import reset_peak, resident
+from raygard.diffusion.shape import KNOWN, TEXT_TOKENS, measure
+from raygard.mask.soft import select_frozen
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "user_savings.json"
+RATIOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.85)
+WAYS = ("count", "params", "largest")
+STEPS, BATCH = 6, 4
+SD21_SIDE = 64  # latents of 512 pixels
+GIB = 2**30
+
+
+def cases() -> list[tuple[str, float]]:
+    """(way, p), p = 0 once."""
+    return [("count", 0.0)] + [(way, p) for way in WAYS for p in RATIOS if p > 0]
+
+
+def choose(counts: Sequence[int], way: str, p: float, seed: int) -> list[bool]:
+    """Which of the tensors of these sizes are frozen."""
+    if p == 0:
+        return [False] * len(counts)
+    sizes = torch.tensor(counts)
+    random = torch.rand(len(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = sizes.double() if way == "largest" else random
+    return select_frozen(logits, sizes, p, "params" if way == "params" else "count").tolist()
+
+
+def freeze(unet: nn.Module, frozen: Sequence[bool]) -> nn.Module:
+    for parameter, held in zip(unet.parameters(), frozen, strict=True):
+        parameter.requires_grad_(not held)
+    return unet
+
+
+def share(counts: Sequence[int], frozen: Sequence[bool]) -> float:
+    """Of the parameters, that are frozen."""
+    return sum(count for count, held in zip(counts, frozen, strict=True) if held) / sum(counts)
+
+
+def fine_tune(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[str, float]:
+    """Peak memory and seconds of a step of one user; in a process of its own."""
+    torch.set_num_threads(1)
+    train(tiny, "count", 0.0, seed)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        libraries = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        libraries = resident("VmRSS")
+        reset_peak()
+    found = train(model, way, p, seed)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+    return {**found, "peak_bytes": peak - libraries}
+
+
+def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
+    """A few steps of raygard's own user."""
+    from raygard.adaptation.training import train as train_user
+    from raygard.config import AdaptConfig, ModelConfig
+    from raygard.diffusion.loss import DiffusionLoss
+    from raygard.diffusion.model import load_noise_scheduler, load_unet
+
+    source = ModelConfig(pretrained_model_name_or_path=str(model))
+    unet = load_unet(source)
+    counts = [parameter.numel() for parameter in unet.parameters()]
+    frozen = choose(counts, way, p, seed)
+    freeze(unet, frozen)
+    precision: Any = "bf16" if torch.cuda.is_available() else "no"
+    config = AdaptConfig(max_train_steps=STEPS, train_batch_size=BATCH, mixed_precision=precision)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    ticks: list[float] = []
+    loss = DiffusionLoss(load_noise_scheduler(source))
+    result = train_user(
+        unet, workers.random_latents(model), config, loss, seed=seed, on_step=lambda *_: ticks.append(clock())
+    )
+    # The first step, which makes Adam's moments, ends at the first tick.
+    seconds = [after - before for before, after in itertools.pairwise(ticks)]
+    return {
+        "param_share": share(counts, frozen),
+        "trainable_params": result.trainable_params,
+        "optimizer_bytes": result.optimizer_bytes,
+        "step_s": statistics.median(seconds),
+    }
+
+
+def in_own_process(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[str, float]:
+    (found,) = workers.run_world(1, fine_tune, model, tiny, way, p, seed)
+    return found
+
+
+def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
+    """Bytes and operations of one float32 step of SD 2.1's UNet at 512 px, batch 1, by arithmetic."""
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def make() -> nn.Module:
+        return freeze(UNet2DConditionModel(**KNOWN["SD2.1-shape"]).train(), frozen)
+
+    def run(unet: Any) -> Any:
+        inputs = torch.empty(1, 4, SD21_SIDE, SD21_SIDE), torch.zeros(1), torch.empty(1, TEXT_TOKENS, 1024)
+        return unet(*inputs, return_dict=False)[0]
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(**KNOWN["SD2.1-shape"])
+    counts = [parameter.numel() for parameter in unet.parameters()]
+    frozen = choose(counts, way, p, seed)
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:
+        run(freeze(unet.train(), frozen)).sum().backward()
+    trained = sum(count for count, held in zip(counts, frozen, strict=True) if not held)
+    return {
+        "param_share": share(counts, frozen),
+        "weights": 4 * sum(counts),
+        "gradients": 4 * trained,
+        "moments": 8 * trained,
+        "activations": 4 * measure(make, run).saved_elements,
+        "flops": counter.get_total_flops(),
+    }
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over rounds for each case, with ratios to p = 0 of the same round, and the range of these ratios."""
+    whole = {row["seed"]: row for row in rows if row["p"] == 0}
+    table = []
+    for way, p in cases():
+        own = [row for row in rows if (row["way"], row["p"]) == (way, p)]
+        line: dict[str, Any] = {"way": way, "p": p, "rounds": len(own)}
+        line["param_share"] = statistics.mean(row["param_share"] for row in own)
+        for key in ("peak_bytes", "step_s"):
+            ratios = [row[key] / whole[row["seed"]][key] for row in own]
+            line[key] = statistics.mean(row[key] for row in own)
+            line[f"{key}_ratio"] = statistics.mean(ratios)
+            line[f"{key}_range"] = [min(ratios), max(ratios)]
+        table.append(line)
+    return table
+
+
+def standing(sd21: dict[str, float], batch: int) -> float:
+    """Bytes at the end of a forward pass: weights, moments, and what autograd keeps of `batch` pictures."""
+    return sd21["weights"] + sd21["moments"] + max(sd21["gradients"], batch * sd21["activations"])
+
+
+def markdown(table: Sequence[dict[str, Any]], counted: Sequence[dict[str, Any]], device: str) -> str:
+    """The tables of docs/performance.md."""
+    unit = "CPU time" if device == "cpu" else "time"
+    lines = [
+        f"| frozen | p | of the parameters | peak memory | saved [range] | {unit} of a step | saved [range] |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in table:
+        saved = [
+            f"{1 - row[f'{key}_ratio']:.0%} [{1 - row[f'{key}_range'][1]:.0%}, {1 - row[f'{key}_range'][0]:.0%}]"
+            for key in ("peak_bytes", "step_s")
+        ]
+        lines.append(
+            f"| {row['way'] if row['p'] else 'nothing'} | {row['p']:g} | {row['param_share']:.0%} | "
+            f"{row['peak_bytes'] / GIB:.2f} GiB | {saved[0]} | {row['step_s']:.2f} s | {saved[1]} |"
+        )
+    lines += [
+        "",
+        "| frozen | p | of the parameters | gradients | Adam's moments | kept by autograd | saved, batch 1 | batch 4 | "
+        "operations saved |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    whole = counted[0]
+    for own in counted:
+        saved = [f"{1 - standing(own, batch) / standing(whole, batch):.0%}" for batch in (1, 4)]
+        sizes = " | ".join(f"{own[key] / GIB:.1f} GiB" for key in ("gradients", "moments", "activations"))
+        lines.append(
+            f"| {own['way'] if own['p'] else 'nothing'} | {own['p']:g} | {own['param_share']:.0%} | {sizes} | "
+            f"{saved[0]} | {saved[1]} | {1 - own['flops'] / whole['flops']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """Memory and time of a step against the share of parameters, one line for each way of freezing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, key, words in zip(axes, ("peak_bytes", "step_s"), ("peak memory", "time of a step"), strict=True):
+        for way in WAYS:
+            own = sorted((row for row in table if row["way"] == way or row["p"] == 0), key=lambda row: row["p"])
+            x, y = [row["p"] for row in own], [row[f"{key}_ratio"] for row in own]
+            low, high = zip(*(row[f"{key}_range"] for row in own), strict=True)
+            axis.plot(x, y, marker="o", label=way)
+            axis.fill_between(x, low, high, alpha=0.2)
+        axis.set(xlabel="p", ylabel=f"{words}, of that without a mask", ylim=(0, 1.1))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--tables", action="store_true", help="print the tables of --out; measure nothing")
+    args = parser.parse_args()
+    if args.tables:
+        document = json.loads(args.out.read_text(encoding="utf-8"))
+    else:
+        document = {**workers.machine(), "device": "cuda" if torch.cuda.is_available() else "cpu", "rows": []}
+        with tempfile.TemporaryDirectory(prefix="raygard-") as root:
+            own = {**KNOWN["SD2.1-shape"], "sample_size": SD21_SIDE} if torch.cuda.is_available() else UNET
+            model, tiny = (workers.make_model(Path(root, name), **unet) for name, unet in (("m", own), ("t", TINY)))
+            for seed in range(args.rounds):
+                for way, p in cases():
+                    found = {"way": way, "p": p, "seed": seed, **in_own_process(model, tiny, way, p, seed)}
+                    document["rows"].append(found)
+                    print(json.dumps(found), flush=True)
+        document["sd21"] = [{"way": way, "p": p, **count_sd21(way, p, seed=0)} for way, p in cases()]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    table = summarize(document["rows"])
+    print(markdown(table, document["sd21"], document["device"]))
+    if args.plot:
+        plot(table, args.plot)
+
+
+if __name__ == "__main__":
+    main()
