@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import CompareConfig
-from raygard.config_section import UNQUOTED_NO, Section, once
+from raygard.config_section import UNQUOTED_NO, Section, check_batch, once
 from raygard.errors import nearest
 from raygard.redaction import without_credentials
+from raygard.shares import largest_share
 from raygard.values_config import ValuesConfig
 
 # Rules of `mask.rule` that choose tensors without learning anything.
@@ -167,6 +167,10 @@ class BilevelConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off when null")
 
+    def micro_batch(self, num_workers: int) -> int:
+        """Pictures of the largest micro-batch."""
+        return 2 * largest_share(self.train_batch_size // 2, num_workers * self.gradient_accumulation_steps)
+
 
 class EngineConfig(Section):
     """How training runs inside Ray Train and DeepSpeed."""
@@ -194,18 +198,6 @@ class EngineConfig(Section):
     def fewest_workers(self) -> int:
         """How many workers there must be room for."""
         return self.num_workers if self.min_workers is None else self.min_workers
-
-    @property
-    def worlds(self) -> range:
-        """Every number of workers that a run may have."""
-        return range(self.fewest_workers, self.num_workers + 1)
-
-    @property
-    def said_workers(self) -> str:
-        """What a global batch is divided by, in words."""
-        if len(self.worlds) == 1:
-            return "engine.num_workers"
-        return f"{math.lcm(*self.worlds)} for every number of workers from {self.worlds[0]} to {self.worlds[-1]}"
 
     @model_validator(mode="after")
     def _fewer_than_all(self) -> EngineConfig:
@@ -388,18 +380,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
-        batch, workers = self.bilevel.train_batch_size, math.lcm(*self.engine.worlds)
-        parts = 2 * workers * self.bilevel.gradient_accumulation_steps
-        if batch % parts:
-            raise ValueError(
-                f"bilevel.train_batch_size {batch} must be a multiple of {parts} "
-                f"(2 roles x {self.engine.said_workers} x bilevel.gradient_accumulation_steps)"
-            )
+        b = self.bilevel
+        check_batch("bilevel", b.train_batch_size, 2, "2 roles", b.gradient_accumulation_steps, self.engine.num_workers)
         return self
 
     @model_validator(mode="after")
     def _values_can_be_trained(self) -> RunConfig:
-        self.values.check_run(self.domain.general, math.lcm(*self.engine.worlds), self.engine.said_workers)
+        self.values.check_run(self.domain.general, self.engine.num_workers)
         return self
 
 

@@ -26,6 +26,21 @@ class Section(BaseModel):
         return value
 
 
+def check_batch(section: str, batch: int, roles: int, said_roles: str, accumulation: int, num_workers: int) -> None:
+    """Raise ValueError unless `batch` pictures give every micro-batch of every worker one of each role, and all alike.
+
+    roles: into how many equal parts roles divide the batch, and that in words.
+    """
+    least = roles * num_workers * accumulation
+    if batch % roles:
+        raise ValueError(f"{section}.train_batch_size {batch} must be a multiple of {roles} ({said_roles})")
+    if batch < least:
+        raise ValueError(
+            f"{section}.train_batch_size {batch} must be at least {least} "
+            f"({said_roles} x engine.num_workers x {section}.gradient_accumulation_steps)"
+        )
+
+
 def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values themselves. Raises ValueError if one is repeated."""
     repeated = [value for index, value in enumerate(values) if value in values[:index]]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from raygard.config_section import Section
+from raygard.config_section import Section, check_batch
+from raygard.shares import largest_share
 
 
 class ValuesConfig(Section):
@@ -50,11 +51,12 @@ class ValuesConfig(Section):
                 raise ValueError(f"values.{key} has no effect with values.max_train_steps=0; remove it or train values")
         return self
 
-    def check_run(self, general: Sequence[str], workers: int, said_workers: str) -> None:
-        """Raise ValueError if a run with these general classes and workers cannot train values.
+    def micro_batch(self, num_workers: int) -> int:
+        """Pictures of the largest micro-batch."""
+        return 4 * largest_share(self.train_batch_size // 4, num_workers * self.gradient_accumulation_steps)
 
-        workers: what the batch is divided by, and that in words.
-        """
+    def check_run(self, general: Sequence[str], num_workers: int) -> None:
+        """Raise ValueError if a run with these general classes and at most so many workers cannot train values."""
         if not self.enabled:
             return
         if not general:
@@ -62,9 +64,5 @@ class ValuesConfig(Section):
                 "values.max_train_steps needs domain.general: name classes the base model was trained on, so that "
                 "training the values does not spoil them"
             )
-        parts = 4 * workers * self.gradient_accumulation_steps
-        if self.train_batch_size % parts:
-            raise ValueError(
-                f"values.train_batch_size {self.train_batch_size} must be a multiple of {parts} "
-                f"(4 quarters x {said_workers} x values.gradient_accumulation_steps)"
-            )
+        accumulation = self.gradient_accumulation_steps
+        check_batch("values", self.train_batch_size, 4, "4 quarters", accumulation, num_workers)

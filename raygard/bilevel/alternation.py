@@ -84,7 +84,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Losses of one step on this rank (means over its illegal and its legal samples)."""
+    """Losses of one step on this rank: means over its illegal and its legal samples, times what its share weighs."""
 
     kind: StepKind
     k: int
@@ -138,7 +138,7 @@ def alternate(
 
 def _objective(engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
     losses = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
-    illegal, legal = losses[batch.illegal].mean(), losses[~batch.illegal].mean()
+    illegal, legal = (losses[role].mean() * batch.weight for role in (batch.illegal, ~batch.illegal))
     if kind == "user":
         return illegal + legal, illegal, legal  # Eq 7
     return schedule.legal_weight * legal - schedule.illegal_weight * illegal, illegal, legal  # Eq 5

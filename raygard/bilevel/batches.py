@@ -1,8 +1,9 @@
 """Which pictures and which noise each step sees, as a function of (seed, stream, step, slot) alone.
 
 A global batch has B slots, the first half illegal, the second half legal. Slots are dealt to ranks and accumulation
-steps, so the stream of batches does not depend on how many workers there are, and every rank always holds equal
-numbers of illegal and legal pictures. Shape letters: B batch, C channels, H, W latent size, S tokens, D text width.
+steps (`raygard.shares`), so the stream of batches does not depend on how many workers there are, and every rank always
+holds equal numbers of illegal and legal pictures. Shape letters: B batch, C channels, H, W latent size, S tokens, D
+text width.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from torch import Tensor
 from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.loss import draw
 from raygard.seeding import generator
+from raygard.shares import share, weight
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps (B,), illegal bool (B,)."""
+    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps (B,), illegal bool (B,).
+
+    weight: float32 (), what its mean loss counts beside other micro-batches of the step.
+    """
 
     latents: Tensor
     text: Tensor
     noise: Tensor
     timesteps: Tensor
     illegal: Tensor
+    weight: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -61,15 +67,15 @@ class BatchSource:
 
     def batches(self, step: int, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[Batch]:
         """The micro-batches of `rank` at `step`, one for each accumulation step."""
-        half = self.batch_size // 2
-        share = half // (world_size * accumulation)
+        half, num_shares = self.batch_size // 2, world_size * accumulation
         rows = self.rows(step)
         dealt = []
-        for micro in range(accumulation):
-            first = (micro * world_size + rank) * share
-            illegal_slots = torch.arange(first, first + share)
+        for index in range(rank, num_shares, world_size):
+            illegal_slots = torch.tensor(share(half, num_shares, index))
             slots = torch.cat([illegal_slots, illegal_slots + half])
             eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:])
             picked = rows[slots]
-            dealt.append(Batch(self.data.latents(picked, eps), self.data.text[picked], noise, timesteps, slots < half))
+            counts = torch.tensor(weight(half, num_shares, index))
+            latents, text = self.data.latents(picked, eps), self.data.text[picked]
+            dealt.append(Batch(latents, text, noise, timesteps, slots < half, counts))
         return dealt

@@ -32,15 +32,16 @@ def deepspeed_config(
 
     In mask learning, clipping, weight decay and schedules belong to user steps only, so they live in BilevelOptimizer.
     """
-    micro = settings.train_batch_size // (engine.num_workers * settings.gradient_accumulation_steps)
+    # DeepSpeed wants its three numbers to agree, and takes whatever a rank gives it: shares may be smaller than this.
+    micro, accumulation = settings.micro_batch(engine.num_workers), settings.gradient_accumulation_steps
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False, "round_robin_gradients": False}
     if engine.zero_stage == 3:
         # One sub-group and no persistent small parameters: one flat shard that holds a part of every tensor.
         zero |= {"sub_group_size": int(1e12), "stage3_param_persistence_threshold": 0}
     return {
-        "train_batch_size": settings.train_batch_size,
+        "train_batch_size": micro * accumulation * engine.num_workers,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

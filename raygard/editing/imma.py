@@ -57,6 +57,10 @@ class IMMASettings:
     max_grad_norm: float = 1.0
     retain_weight: float = 0.0
 
+    def micro_batch(self, num_workers: int) -> int:
+        """Pictures of one micro-batch; `num_workers` divides the batch."""
+        return self.train_batch_size // (num_workers * self.gradient_accumulation_steps)
+
     def __post_init__(self) -> None:
         for field in ("rounds", "inner_steps", "outer_steps", "train_batch_size", "gradient_accumulation_steps"):
             lowest = 0 if field == "inner_steps" else 1

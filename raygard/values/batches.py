@@ -17,6 +17,7 @@ from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.loss import draw
 from raygard.errors import RaygardError
 from raygard.seeding import generator
+from raygard.shares import share, weight
 from raygard.values.names import meaningless_captions
 
 # Share of the batch of each role, in quarters, in the order of ROLES.
@@ -25,13 +26,17 @@ KEPT_FRACTION = 0.1
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps and roles int64 (B,)."""
+    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps and roles int64 (B,).
+
+    weight: float32 (), what its loss counts beside other micro-batches of the step.
+    """
 
     latents: Tensor
     text: Tensor
     noise: Tensor
     timesteps: Tensor
     roles: Tensor
+    weight: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -100,19 +105,19 @@ class ValuesSource:
 
     def batches(self, step: int, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[Batch]:
         """The micro-batches of `rank` at `step`, one for each accumulation step."""
-        quarter = self.batch_size // 4
-        share = quarter // (world_size * accumulation)
+        quarter, num_shares = self.batch_size // 4, world_size * accumulation
         chosen = [self._choose(role, count * quarter, "values", step) for role, count in enumerate(QUARTERS)]
         rows, texts = (torch.cat(columns) for columns in zip(*chosen, strict=True))
         roles = torch.repeat_interleave(torch.arange(len(QUARTERS)), torch.tensor(QUARTERS) * quarter)
         dealt = []
-        for micro in range(accumulation):
-            first, slots, start = (micro * world_size + rank) * share, [], 0
+        for number in range(rank, num_shares, world_size):
+            own, slots, start = share(quarter, num_shares, number), [], 0
             for count in QUARTERS:
-                slots.append(torch.arange(start + count * first, start + count * (first + share)))
+                slots.append(torch.arange(start + count * own.start, start + count * own.stop))
                 start += count * quarter
             index = torch.cat(slots)
-            dealt.append(self._batch(rows[index], texts[index], roles[index], "values", step, index))
+            batch = self._batch(rows[index], texts[index], roles[index], "values", step, index)
+            dealt.append(batch._replace(weight=torch.tensor(weight(quarter, num_shares, number))))
         return dealt
 
     def probe(self, role: int, noise_bin: int, num_bins: int, slots: Tensor, num_slots: int) -> Batch:
@@ -147,7 +152,8 @@ class ValuesSource:
     def _batch(self, rows: Tensor, texts: Tensor, roles: Tensor, stream: str, step: int, slots: Tensor) -> Batch:
         shape = self.data.shape
         eps, noise, timesteps = draw(self.seed, stream, step, slots.tolist(), shape, self.num_timesteps)
-        return Batch(self.data.latents(rows, eps), self.data.text.unique[texts], noise, timesteps, roles)
+        latents, text = self.data.latents(rows, eps), self.data.text.unique[texts]
+        return Batch(latents, text, noise, timesteps, roles, torch.ones(()))
 
 
 def further_captions(

@@ -32,7 +32,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Mean relative error of each role at one step, on this rank; float64 (R,)."""
+    """Mean relative error of each role at one step, on this rank, times what its share weighs; float64 (R,)."""
 
     step: int
     errors: Tensor
@@ -89,9 +89,9 @@ def train_values(
             batch = batch.to(device)
             errors = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
             loss, relative = objective(errors, batch.roles, batch.timesteps)
-            engine.backward(loss)
+            engine.backward(loss * batch.weight)
             engine.step()
-            total += relative.double().cpu()
+            total += (relative * batch.weight).double().cpu()
         if not torch.isfinite(total).all():
             raise RaygardError(f"the loss is not finite at step {step}; lower values.learning_rate")
         yield StepRecord(step, total / len(batches))

@@ -1,4 +1,4 @@
-"""Sharded equals dense: real gloo processes, real DeepSpeed engines, ZeRO 0 to 3, worlds 1, 2 and 4."""
+"""Sharded equals dense: real gloo processes, real DeepSpeed engines, ZeRO 0 to 3, worlds 1 to 4."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ PLANS = {
     2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2",
         "resume2:2:no:adamw:resume", "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume",
         "carried2:2:no:adamw:carried:half-resume2-1"],
+    # The batch does not divide by three: shares of two, three and three pictures of each role.
+    3: ["sgd0:0:no:sgd", "sgd2:2:no:sgd", "adam3:3:no:adamw"],
     4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd", "carried3:3:no:adamw:carried:half-resume2-2",
         "carried2:2:no:adamw:carried:half-resume0-1"],
 }  # fmt: skip

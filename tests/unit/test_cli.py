@@ -93,13 +93,13 @@ def test_the_resolved_configuration_can_be_printed_and_read_back(raygard: Runner
         (["learn", "--out", "x", "--wrkers", "2"], "No such option"),
         (["learn", "--out", "x", "--workers", "two"], "'--workers'"),
         (["learn", "--out", "x", "--workers", "0"], "engine.num_workers"),
-        (["learn", "--out", "x", "--workers", "3"], "must be a multiple of 6"),
+        (
+            ["learn", "--out", "x", "--workers", "9"],
+            "train_batch_size 16 must be at least 18 (2 roles x engine",
+        ),
         (["learn", "--out", "x", "--workers", "4:"], "'--workers'"),
         (["learn", "--out", "x", "--workers", "2:1"], "engine.min_workers 2 is above engine.num_workers 1"),
-        (
-            ["learn", "--out", "x", "--workers", "1:4"],
-            "multiple of 24 (2 roles x 12 for every number of workers from 1",
-        ),
+        (["learn", "--out", "x", "--workers", "1:9"], "bilevel.train_batch_size 16 must be at least 18"),
         (["learn", "--out", "x", "--zero-stage", "4"], "engine.zero_stage"),
         (["learn", "--out", "x", "--config", "none.yaml"], "cannot read configuration none.yaml"),
         (["run", "--out", "x", "mask.freeze_ratio=0"], "mask.freeze_ratio: input should be greater than 0"),

@@ -62,7 +62,7 @@ REMOTE = ("tracking.tracking_uri=http://m:5000",)
         ("resources", ("engine.num_workers=8",), the_facts(), "8 workers x 1 CPU = 8 CPU, but the cluster has 4"),
         (
             "resources",
-            ("engine.num_workers=8", "engine.min_workers=4", "bilevel.train_batch_size=1680"),
+            ("engine.num_workers=8", "engine.min_workers=4"),
             the_facts(),
             "",
         ),

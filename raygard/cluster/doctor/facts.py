@@ -80,8 +80,7 @@ def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
             num_workers=engine.fewest_workers,
             mixed_precision=engine.mixed_precision,
             adam=stage != "learn" or b.user_optimizer == "adamw",
-            samples_per_worker=settings.train_batch_size
-            // (engine.fewest_workers * settings.gradient_accumulation_steps),
+            samples_per_worker=settings.micro_batch(engine.fewest_workers),
             saved_elements=shape.saved_elements,
             accumulates=settings.gradient_accumulation_steps > 1,
             host=not engine.use_gpu,
