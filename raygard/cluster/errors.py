@@ -19,6 +19,7 @@ def user_mistake(error: BaseException | None) -> str | None:
             cause = getattr(current, "cause", None)
             return str(cause if isinstance(cause, RaygardError) else current)
         stack += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        stack.append(getattr(current, "controller_failure", None))
         failures = getattr(current, "worker_failures", None)
         if isinstance(failures, dict):
             stack += list(failures.values())

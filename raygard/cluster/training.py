@@ -7,7 +7,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,8 @@ def fit(
 ) -> None:
     """Run `worker` with `job` and the configuration on `config.engine`'s workers, resuming what lies in `out`.
 
-    Raises RaygardError for a user's mistake inside a worker, for a cluster that can never hold the workers, and if what
-    lies in `out` belongs to another user.
+    Raises RaygardError for a user's mistake inside a worker, which is not tried again, for a cluster that can never
+    hold the workers, and if what lies in `out` belongs to another user.
     """
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
@@ -121,7 +121,7 @@ def fit(
             storage_path=str((out / STORAGE).resolve()),
             failure_config=FailureConfig(max_failures=engine.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=engine.checkpoints_total_limit),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, end_on_mistake()],
         ),
     )
     with follow_history(out / "history.jsonl", on_row):
@@ -132,6 +132,23 @@ def fit(
             if mistake is None:
                 raise
             raise RaygardError(mistake) from None
+
+
+def end_on_mistake() -> Any:
+    """A callback of Ray Train that ends a run at a user's mistake: every attempt would come to the same.
+
+    Without it Ray Train starts the workers again `engine.max_failures` times, with -1 for ever.
+    """
+    from ray.train import UserCallback
+
+    class EndOnMistake(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if (mistake := user_mistake(error)) is not None:
+                    # Ray Train takes what a callback raises for an error of its own, and tries nothing again.
+                    raise RaygardError(mistake)
+
+    return EndOnMistake()
 
 
 def fit_in_bounded_time(trainer: TorchTrainer, engine: EngineConfig) -> None:

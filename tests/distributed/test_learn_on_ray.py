@@ -41,10 +41,10 @@ def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(setti
     assert not (tmp_path / "never").exists()
 
 
-def test_a_mistake_inside_a_worker_is_one_line(setting, tmp_path) -> None:
+def test_a_mistake_inside_a_worker_is_one_line_and_not_repeated(setting, tmp_path) -> None:
     from raygard.cluster.training import learn
 
-    config = setting.config("engine.num_workers=1", "bilevel.user_lr=1e30", "engine.max_failures=0")
+    config = setting.config("engine.num_workers=1", "bilevel.user_lr=1e30", "engine.max_failures=-1")
     with pytest.raises(RaygardError, match="not finite") as caught:
         learn(config, setting.cache, setting.relearned, 0, tmp_path / "out")
     assert "\n" not in str(caught.value)
