@@ -21,6 +21,7 @@ from raygard.cli_options import (
     resolve_config,
 )
 from raygard.errors import ExitCode
+from raygard.redaction import redact, redact_all
 
 cluster_app = typer.Typer(add_completion=False)
 
@@ -64,7 +65,7 @@ def submit(
     for run in ended.mlflow_runs:
         print(f"MLflow run  {run}", file=sys.stderr)
     if ended.reason:
-        print(f"raygard: job {job_id} ended early: {ended.reason}", file=sys.stderr)
+        print(f"raygard: job {job_id} ended early: {redact(ended.reason)}", file=sys.stderr)
     raise typer.Exit(ended.exit_code)
 
 
@@ -95,5 +96,5 @@ def doctor(
         checks = examine_from_outside(run_config, out, named)
     else:
         checks = examine(run_config, out, named)
-    print(json.dumps(report_json(checks)) if as_json else to_text(checks))
+    print(json.dumps(redact_all(report_json(checks))) if as_json else redact(to_text(checks)))
     raise typer.Exit(ExitCode.DONE if all_green(checks) else ExitCode.UNFIT_CLUSTER)

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from enum import IntEnum
 
+from raygard.redaction import redact
+
 
 class ExitCode(IntEnum):
     """What a command, or a job, ends with; docs/cluster-jobs.md says what each is for."""
@@ -23,13 +25,14 @@ class RaygardError(ValueError):
     """What is wrong, the offending value, and how to mend it, in one line.
 
     The command line prints it without a traceback and exits with `exit_code`.
-    What it quotes may come from elsewhere: line breaks and other unprintable letters are shown, not printed.
+    What it quotes may come from elsewhere: line breaks and other unprintable letters are shown, not printed, and
+    secrets are taken out.
     """
 
     exit_code = ExitCode.BAD_INPUT
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in redact(message)))
 
 
 class UnfitClusterError(RaygardError):

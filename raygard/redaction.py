@@ -11,18 +11,28 @@ HIDDEN = "***"
 # Shorter values are words that stand elsewhere for something else.
 MIN_SECRET = 6
 SECRET_NAME = (
-    r"(?:[A-Za-z0-9_-]*[_-])?"
-    r"(?:TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|(?:SECRET|API)[_-]?KEY|ACCESS[_-]?KEY(?:[_-]?ID)?)"
+    r"(?:[A-Za-z0-9_-]*PASSWORD|(?:[A-Za-z0-9_-]*[_-])?"
+    r"(?:TOKEN|PASSWD|PASSPHRASE|SECRET|(?:SECRET|API)[_-]?KEY|ACCESS[_-]?KEY(?:[_-]?ID)?))"
 )
-_SECRET_VARIABLE = re.compile(SECRET_NAME)
+_SECRET_VARIABLE = re.compile(rf"{SECRET_NAME}|\w+_KEY|MYSQL_PWD", re.IGNORECASE)
+# In a word that a shell is to read; what it takes from elsewhere is no secret of the command's.
+_ASSIGNED = re.compile(rf"(?:^|[\s;&|('\"])(?:{SECRET_NAME}=|--?{SECRET_NAME}\s+)['\"]?[^\s'\"$`;-]", re.IGNORECASE)
+# Signed addresses, of AWS, Google and Azure, let in whoever has them.
+_SIGNATURE = r"(?:X-(?:Amz|Goog)-)?Signature|sig"
 _PATTERNS = (
-    # Credentials of a URI; a password may hold a slash, though it should not.
-    (re.compile(r"://[^/\s@]*(?:/[^/\s@]*)?@"), f"://{HIDDEN}@"),
-    (re.compile(rf"([?&]{SECRET_NAME}=)[^&\s#'\"]+", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
+    # Credentials of a URI. A password may hold slashes and at signs, though it should not; what follows a colon is no
+    # password if it is a port.
+    (
+        re.compile(r"://(?:[^\s/@:]*:(?!\d+/)[^\s@]{0,256}(?:@[^\s/@]*)*|[^/\s]*|[^/\s@]*/[^/\s@]*)@"),
+        f"://{HIDDEN}@",
+    ),
+    (re.compile(rf"([?&;#](?:{SECRET_NAME}|{_SIGNATURE})=)[^&\s#'\"]+", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
     (re.compile(r"\b(bearer|basic) [A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\g<1> {HIDDEN}"),
     # Hugging Face, AWS, GitHub, Google, Slack.
     (
-        re.compile(r"\b(?:hf_\w{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})"),
+        re.compile(
+            r"\b(?:(?:hf|gh[pousr]|github_pat)_\w{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})"
+        ),
         HIDDEN,
     ),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
@@ -53,8 +63,8 @@ def redact_all(content: Any) -> Any:
 
 def holds_secret(argument: str) -> bool:
     """Whether an argument of a command holds a secret, or gives one to an option or variable named like one."""
-    assigned = re.fullmatch(rf"-{{0,2}}{SECRET_NAME}=.+", argument, re.IGNORECASE | re.DOTALL)
-    return assigned is not None or redact(argument) != argument
+    whole = re.fullmatch(rf"-{{0,2}}{SECRET_NAME}=.+", argument, re.IGNORECASE | re.DOTALL)
+    return whole is not None or _ASSIGNED.search(argument) is not None or redact(argument) != argument
 
 
 def without_credentials(uri: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from raygard.cluster.errors import user_mistake
+from raygard.redaction import redact
 
 # Before the second start; doubled before each one after that.
 START_BACKOFF_S = 0.5
@@ -305,7 +306,7 @@ def reason(error: BaseException) -> str:
         return mistake
     cause = getattr(error, "cause", None)
     found = cause if isinstance(cause, BaseException) else error
-    lines = [" ".join(line.split()) for line in str(found).splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in redact(found).splitlines() if line.strip()]
     return f"{type(found).__name__}: {lines[0] if lines else 'no message'}"[:REASON_LENGTH]
 
 

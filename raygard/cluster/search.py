@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raygard.cluster.trial import TRIAL, TrialInputs, read_point, read_record, run_trial, rung_times, shares
 from raygard.config import RunConfig
 from raygard.files import require_own, write_text
+from raygard.redaction import redact
 from raygard.search.proxy import Evidence
 from raygard.search.space import Point, concurrent_trials, dimensions, grid, num_trials
 
@@ -280,5 +281,5 @@ def _scheduler(config: RunConfig) -> Any:
 
 
 def _reason(trial: Any) -> str:
-    lines = [line for line in str(trial.get_error() or "the trial's process ended").splitlines() if line.strip()]
+    lines = [line for line in redact(trial.get_error() or "the trial's process ended").splitlines() if line.strip()]
     return " ".join(lines[-1].split())[:300] if lines else "the trial's process ended"

@@ -89,7 +89,9 @@ def submit(
     shows it to everyone who sees the dashboard.
     """
     for number, argument in enumerate(command, start=1):
-        if holds_secret(argument):
+        before = command[number - 2] if number > 1 else ""
+        follows = before.startswith("-") and not argument.startswith("-") and holds_secret(f"{before}={argument}")
+        if follows or holds_secret(argument):
             raise RaygardError(
                 f"word {number} of the command holds a password or token, which the dashboard would show to everyone; "
                 "leave it out and set it in the environment of the cluster's nodes (MLFLOW_TRACKING_USERNAME, "

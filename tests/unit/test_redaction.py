@@ -15,6 +15,10 @@ import pytest
 import yaml
 
 from raygard.cluster.doctor import examine as examining
+from raygard.cluster.doctor.checks import Check
+from raygard.cluster.errors import user_mistake
+from raygard.cluster.pool import reason
+from raygard.cluster.search import _reason as trial_reason
 from raygard.cluster.session import ray_session
 from raygard.cluster.submit import submit
 from raygard.config_file import load_config
@@ -66,6 +70,12 @@ def found_below(folder: Path) -> list[tuple[str, str]]:
     [
         (f"at {URI}/api", "at http://***@127.0.0.1:9/api"),
         ("postgresql://u:a/b@db:5432/x and s3://id:key@b", "postgresql://***@db:5432/x and s3://***@b"),
+        ("http://alice:p@ss-w@rd@h:5000/x", "http://***@h:5000/x"),
+        ("postgresql://u:a/b/c@db/x", "postgresql://***@db/x"),
+        ("http://h/x#access_token=abc", "http://h/x#access_token=***"),
+        ("https://h/x?Expires=1&Signature=a-b~c&Key-Pair-Id=K", "https://h/x?Expires=1&Signature=***&Key-Pair-Id=K"),
+        ("https://h/x?X-Amz-Signature=0af1&sv=2&sig=a%2Bb", "https://h/x?X-Amz-Signature=***&sv=2&sig=***"),
+        ("github_pat_11ABCDEFG0abcdefghij_klmnop", "***"),
         ("http://h/x?a=1&token=abc&b=2", "http://h/x?a=1&token=***&b=2"),
         ("http://h/x?api_key=abc", "http://h/x?api_key=***"),
         ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
@@ -81,7 +91,8 @@ def test_secrets_of_known_form_are_taken_out(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["adapt.initializer_token=emoji", "sqlite:////shared/mlflow.db", "http://h:5000/#/experiments/1/runs/2", "a@b.c",
+    ["http://h:8265/a/b@c", "docker://registry:5000/team/image@sha256:0", "bash -c 'x=$HF_TOKEN; run --key keys/r'",
+     "adapt.initializer_token=emoji", "sqlite:////shared/mlflow.db", "http://h:5000/#/experiments/1/runs/2", "a@b.c",
      "hf_transfer", "zoo:tiny-sd", "the token was refused", "s3://bucket/a/b", "0" * 64, "basic", 0.5, None],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text: object) -> None:
@@ -90,6 +101,9 @@ def test_what_is_no_secret_stays(text: object) -> None:
 
 def test_values_of_variables_that_are_named_like_secrets(monkeypatch: pytest.MonkeyPatch, planted: None) -> None:
     assert not found_in(redact(f"{VARIABLES} in one line")) and redact("x") == "x"
+    for name in ("AZURE_STORAGE_KEY", "PGPASSWORD", "MYSQL_PWD", "my_api_token"):
+        monkeypatch.setenv(name, f"planted-in-{name}")
+        assert redact(f"got planted-in-{name}.") == f"got {HIDDEN}."
     plain = {"TOKENIZERS_PARALLELISM": "falsehood", "RAY_AUTH_TOKEN_PATH": "/home/token", "MY_TOKEN": "short"}
     for name, value in plain.items():
         monkeypatch.setenv(name, value)
@@ -204,6 +218,29 @@ def test_what_commands_print(
     assert found_in(text.out, text.err) == []
 
 
+def test_what_the_doctor_prints(
+    planted: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An address may have credentials, and a node may say why it fails in any words."""
+    for form in ((), ("--json",)):
+        address = f"http://alice:{PASSWORD}@127.0.0.1:9"
+        assert ended(monkeypatch, "doctor", "--address", address, *form) == ExitCode.UNFIT_CLUSTER
+        red = [Check("cluster", False, f"no answer from {URI}")]
+        with monkeypatch.context() as patch:
+            patch.setattr(examining, "examine", lambda *_, red=red: red)
+            assert ended(patch, "doctor", "--address", "h:6379", *form) == ExitCode.UNFIT_CLUSTER
+    text = capsys.readouterr()
+    assert text.out.count("127.0.0.1:9") == 4 and found_in(text.out, text.err) == []
+
+
+def test_reasons_that_go_into_tables_are_redacted(planted: None) -> None:
+    """Tables of a search and of a comparison are printed, and are sent to MLflow as files."""
+    for error in (OSError(f"no answer from {URI}"), RaygardError(f"{VARIABLES['HF_TOKEN']} is refused at {URI}")):
+        trial = SimpleNamespace(get_error=lambda error=error: error)
+        assert found_in(reason(error), trial_reason(trial), user_mistake(error)) == []
+        assert "http://***@127.0.0.1:9" in reason(error)
+
+
 class FakeClient:
     """Takes jobs and keeps what Ray would be told, and what it would upload."""
 
@@ -221,13 +258,22 @@ class FakeClient:
 @pytest.mark.parametrize(
     "word",
     [f"tracking.tracking_uri={URI}", *VARIABLES.values(), "HF_TOKEN=x", f"--password={PASSWORD}", "--api-key=k",
-     "MLFLOW_TRACKING_PASSWORD=x", "http://h/?token=abc"],
+     "MLFLOW_TRACKING_PASSWORD=x", "http://h/?token=abc", "cd x && HF_TOKEN=abc python y", "export 'HF_TOKEN=a'; y",
+     "run --api-token abc"],
 )  # fmt: skip
 def test_submit_refuses_a_command_with_a_secret(planted: None, tmp_path: Path, word: str) -> None:
     client = FakeClient()
     with pytest.raises(RaygardError, match="word 3 of the command holds a password or token") as caught:
         submit(client, ["python", "jobs/search.py", word], tmp_path)
     assert client.jobs == [] and found_in(caught.value) == []
+
+
+def test_submit_refuses_a_secret_that_follows_its_option(planted: None, tmp_path: Path) -> None:
+    client = FakeClient()
+    with pytest.raises(RaygardError, match="word 4 of the command holds a password or token"):
+        submit(client, ["python", "x.py", "--mlflow-password", "hunter2"], tmp_path)
+    submit(client, ["python", "x.py", "--new-token", "--out", "x", "bash", "-c", "export HF_TOKEN=$(cat f)"], tmp_path)
+    assert len(client.jobs) == 1
 
 
 def test_submit_takes_what_jobs_are_given(planted: None, tmp_path: Path) -> None:
