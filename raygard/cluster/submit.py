@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from raygard.redaction import holds_secret
 RETRY_S = 2.0
 # A dashboard that is restarted, or a tunnel that is opened again, is back sooner; the job does not notice either.
 OUTAGE_S = 300.0
+# A connection that was cut without a word looks like a job that prints nothing; the log is sent from its beginning
+# when it is taken up again.
+SILENCE_S = 300.0
 # The agent that starts jobs comes up later than the dashboard that takes them, on a busy machine by a minute.
 AGENT_S, NO_AGENT = 120.0, "No available agent"
 # What Ray's client says where a head that was restarted has forgotten its jobs.
@@ -46,7 +49,7 @@ class Followed:
     reason: str | None = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def jobs_client(address: str | None) -> Iterator[Any]:
     """Ray's JobSubmissionClient for the cluster that `address`, or else the environment, names.
 
@@ -181,10 +184,13 @@ class _Tail:
             time.sleep(RETRY_S)
 
     async def _read(self) -> None:
-        skip = len(self.text)
-        async for chunk in self.client.tail_job_logs(self.job_id):
-            self._show(chunk[skip:])
-            skip = max(0, skip - len(chunk))
+        skip, loop = len(self.text), asyncio.get_running_loop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE_S) as limit:
+                async for chunk in self.client.tail_job_logs(self.job_id):
+                    self._show(chunk[skip:])
+                    skip = max(0, skip - len(chunk))
+                    limit.reschedule(loop.time() + SILENCE_S)
 
     def _show(self, text: str) -> None:
         if not text:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
 from raygard.cli_cluster import cluster_app
+from raygard.cluster import address as reaching
 from raygard.cluster import package as packing
 from raygard.cluster import submit as submitting
 from raygard.cluster.address import cluster_address, is_dashboard, require_answer
@@ -131,6 +135,23 @@ def test_a_broken_connection_neither_loses_nor_repeats_a_line(monkeypatch: pytes
     assert found.mlflow_runs == ["http://m/#/experiments/1/runs/2"]
 
 
+def test_a_connection_that_has_gone_silent_is_taken_up_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing tells of a machine that slept, or of a router that forgot the connection."""
+
+    class Silent(FakeJob):
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            async for chunk in super().tail_job_logs(name):
+                yield chunk
+            if self.connections:
+                await asyncio.sleep(60)
+
+    monkeypatch.setattr(submitting, "RETRY_S", 0.0)
+    monkeypatch.setattr(submitting, "SILENCE_S", 0.1)
+    shown: list[str] = []
+    found = follow(Silent(LOG, [(10, None), (20, None), (30, None)]), "id", shown.append)
+    assert "".join(shown) == LOG and found.exit_code == 3
+
+
 def test_ctrl_c_ends_the_following_only() -> None:
     found = follow(FakeJob(LOG, [(70, KeyboardInterrupt), (0, None)]), "id", lambda _: None)
     assert found.detached and found.exit_code == ExitCode.INTERRUPTED and len(found.mlflow_runs) == 1
@@ -185,6 +206,42 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(RaygardError, match=r"no Ray cluster answers at http://127.0.0.1:1 "),
         jobs_client("http://127.0.0.1:1"),
     ):
+        pass
+
+
+@contextmanager
+def listener(answer: bytes) -> Iterator[str]:
+    """What takes connections, as a tunnel to a hung machine does, and sends each the same `answer`, or nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+
+        def serve() -> None:
+            while True:
+                try:
+                    kept.append(server.accept()[0])
+                except OSError:
+                    return
+                if answer:
+                    kept[-1].recv(65536)
+                    kept[-1].sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answer)
+                    kept.pop().close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(b"", "no Ray cluster answers at"), (b'{"version": "0.1"}', "is no Ray dashboard"), (b"<html>", "is no Ray dash")],
+)
+def test_what_is_no_dashboard_is_said_in_bounded_time(
+    answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaching, "DASHBOARD_TIMEOUT_S", 0.3)
+    with listener(answer) as address, pytest.raises(RaygardError, match=said), jobs_client(address):
         pass
 
 
