@@ -26,6 +26,7 @@ from typing import Any
 import raygard
 from raygard.config import TrackingConfig
 from raygard.errors import RaygardError
+from raygard.files import readable_disk_errors
 from raygard.pictures import SUFFIXES
 from raygard.redaction import redact, without_credentials
 from raygard.tracking_store import run_address
@@ -76,11 +77,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 class _State:
-    """tracking.json: what every run is called, its ids in each store, and how far the spool was replayed."""
+    """tracking.json: what every run is called, and for each store its ids and how far the spool was replayed."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / STATE
-        self.data: dict[str, Any] = {"uri": None, "experiment": None, "runs": {}, "stores": {}, "replayed": 0}
+        self.data: dict[str, Any] = {"uri": None, "experiment": None, "runs": {}, "stores": {}}
         if self.path.exists():
             try:
                 self.data.update(json.loads(self.path.read_text(encoding="utf-8")))
@@ -104,6 +105,7 @@ class _Store:
         self.artifacts = _artifacts(run_dir, uri)
         self.client = MlflowClient(tracking_uri=uri or f"sqlite:///{run_dir / DATABASE}")
         self.known = state.data["stores"].setdefault(redact(uri or "run directory"), {"id": None, "ids": {}})
+        self.known.setdefault("replayed", 0)
         self._continued = set(self.known["ids"].values())
         self._points: dict[tuple[str, str], set[tuple[int, float]]] = {}
 
@@ -432,23 +434,29 @@ def _first_line(error: Exception) -> str:
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     # One write on an O_APPEND descriptor: lines of several writers do not mix.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (json.dumps(record) + "\n").encode())
-    finally:
-        os.close(handle)
+    with readable_disk_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(record) + "\n").encode())
+        finally:
+            os.close(handle)
 
 
 def _replay(store: _Store) -> int:
-    """Apply what the spool holds beyond the last replay; remember every record that arrived."""
+    """Apply what the spool holds beyond this store's last replay; remember every line that is dealt with."""
     spool, state = store.run_dir / SPOOL, store.state
     if not spool.exists():
         return 0
     lines = [line for line in spool.read_text(encoding="utf-8").split("\n")[:-1]]
     done = 0
     try:
-        for line in lines[state.data["replayed"] :]:
-            record = json.loads(line)
+        for line in lines[store.known["replayed"] :]:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                log.warning("line %d of %s is torn and is left out", store.known["replayed"] + done + 1, spool)
+                done += 1
+                continue
             try:
                 store.apply(record)
             except _failures() as error:
@@ -457,7 +465,7 @@ def _replay(store: _Store) -> int:
                 log.warning("MLflow refused %s of '%s': %s", record["op"], record["run"], _first_line(error))
             done += 1
     finally:
-        state.data["replayed"] += done
+        store.known["replayed"] += done
         state.save()
     return done
 

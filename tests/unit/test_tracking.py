@@ -1,5 +1,6 @@
 """MLflow runs on a real sqlite store, and on a server that is not there."""
 
+import errno
 import http.server
 import json
 import logging
@@ -128,9 +129,47 @@ def test_replay_interrupted_before_it_was_recorded_changes_nothing(tmp_path, dea
     live = f"sqlite:///{tmp_path / 'mlflow.db'}"
     sync(tmp_path, live)
     state = json.loads((tmp_path / STATE).read_text())
-    (tmp_path / STATE).write_text(json.dumps({**state, "replayed": 0}))
+    for store in state["stores"].values():
+        store["replayed"] = 0
+    (tmp_path / STATE).write_text(json.dumps(state))
     assert sync(tmp_path, live) > 0
     check_everything(client_of(tmp_path))
+
+
+def test_each_store_gets_the_spool(tmp_path, dead_uri, empty_store):
+    """What was sent to one by hand is not lost to the run's own."""
+    log_everything(Tracker.open(TrackingConfig(tracking_uri=dead_uri), tmp_path, "demo"), tmp_path)
+    shutil.copy(empty_store, tmp_path / "other.db")
+    sent = [sync(tmp_path, f"sqlite:///{tmp_path / name}.db") for name in ("other", "mlflow", "other")]
+    assert sent[0] == sent[1] > 0 and sent[2] == 0
+    check_everything(client_of(tmp_path))
+
+
+def test_a_torn_record_is_left_out(tmp_path, dead_uri, caplog):
+    """A full disk takes a part of a line, and the next record comes right after it."""
+    tracker = Tracker.open(TrackingConfig(tracking_uri=dead_uri), tmp_path, "demo")
+    run = tracker.start()
+    with (tmp_path / SPOOL).open("a") as stream:
+        stream.write('{"op": "metr')
+    run.metrics({"loss": 1.0}, 0)
+    run.metrics({"loss": 2.0}, 1)
+    run.finish()
+    live = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert sync(tmp_path, live) == 4 and sync(tmp_path, live) == 0
+    assert "line 2 of" in caplog.text and "is torn" in caplog.text
+    (run,) = runs_of(client_of(tmp_path)).values()
+    assert run.data.metrics == {"loss": 2.0} and run.info.status == "FINISHED"
+
+
+def test_a_full_disk_is_one_line(tmp_path, dead_uri, monkeypatch):
+    run = Tracker.open(TrackingConfig(tracking_uri=dead_uri), tmp_path, "demo").start()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RaygardError, match="no space left while writing"):
+        run.metrics({"loss": 1.0}, 0)
 
 
 def test_store_that_dies_in_the_middle_is_synced_into_the_same_runs(tmp_path, dead_uri, caplog):
