@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ ENDINGS = {
 }
 FORMATS = tuple(name for name in ENDINGS if name != "MPO")
 SUFFIXES = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+# What Pillow lets through for damaged files, and for tags of other kinds than their format's.
+DAMAGED_PICTURE = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, LookupError, OverflowError),
+    struct.error,
+)
 # 256 MiB as RGBA; above what any stage keeps of a picture by far.
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
@@ -61,7 +67,7 @@ def decode_picture(data: bytes, name: str) -> Image:
     name: path of the file, for its ending and for what is said. Raises RaygardError for an ending that is not one of
     SUFFIXES or not that of the content, more pixels than MAX_PIXELS, and whatever cannot be decoded.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     ending = Path(name).suffix.lower()
     if ending not in SUFFIXES:
@@ -78,15 +84,35 @@ def decode_picture(data: bytes, name: str) -> Image:
                     size = f"{image.width} x {image.height}"
                     raise RaygardError(f"{name} has {size} pixels; at most {MAX_PIXELS} are read")
                 image.load()
-                return ImageOps.exif_transpose(image)
+                return _upright(image)
     except UnidentifiedImageError:
         raise RaygardError(f"{name} is not a picture raygard can read ({', '.join(FORMATS)})") from None
     except RaygardError:
         raise
     except Image.DecompressionBombError:
         raise RaygardError(f"{name} has far too many pixels; at most {MAX_PIXELS} are read") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise RaygardError(f"cannot read picture {name}: {str(error).splitlines()[0]}") from None
+    except DAMAGED_PICTURE as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RaygardError(f"cannot read picture {name}: {why}") from None
+
+
+def _upright(image: Image) -> Image:
+    """The picture turned as its EXIF tag says."""
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    # ImageOps.exif_transpose writes all tags anew, which fails for those of other kinds than the standard's.
+    turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def digest(image: Image) -> str:

@@ -41,6 +41,12 @@ def huge_png(width: int, height: int, rows: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def exif(*entries: tuple[int, int, int, int]) -> bytes:
+    """Tags as (number, type, count, value), little-endian."""
+    tags = b"".join(struct.pack("<HHLL", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)) + tags + bytes(64)
+
+
 def huge_gif(side: int) -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", side, side, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, side, side, 0)
 
@@ -211,3 +217,28 @@ def test_no_decoder_starts_a_program(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], capture_output=True, text=True)
     assert done.returncode == 0 and "not a picture" in done.stdout, done
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("other", [(0x0100, 11, 1, 0), (0x010F, 11, 1, 0), (0x829A, 5, 1, 8)])
+def test_a_picture_with_a_strange_tag_is_turned_like_any_other(
+    form: str, other: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    """No tag but the orientation decides anything, so what others hold is nobody's business."""
+    plain, turned = (tmp_path / f"{name}{ENDINGS[form][0]}" for name in ("plain", "turned"))
+    plain.write_bytes(encoded(form))
+    turned.write_bytes(encoded(form, exif=exif((0x0112, 3, 1, 6), other)))
+    expected = read_picture(plain).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(read_picture(turned)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("error", [EOFError(), struct.error("odd"), OverflowError("odd"), TypeError("odd")])
+def test_whatever_a_decoder_raises_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    (tmp_path / "x.png").write_bytes(encoded("PNG"))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    assert refused(tmp_path / "x.png").endswith(str(error) or "EOFError")
