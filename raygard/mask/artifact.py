@@ -10,6 +10,7 @@ Nothing is matched by position and nothing is pickled; loading checks all of it.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 import raygard
@@ -33,6 +34,7 @@ from raygard.mask.weights import fingerprint, tensor_sha256
 MANIFEST, ARRAYS, VALUES = "mask.json", "mask.safetensors", "values.safetensors"
 # A manifest of 10,000 tensors has about 2 MiB.
 MAX_MANIFEST_BYTES = 64 * 2**20
+_NOT_AS_NAMED = f"is missing or differs from the hash in {MANIFEST}; fetch the mask again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,28 +223,41 @@ class FreezeMask:
             return cls._read(folder, manifest)
         check_signature(folder, manifest, require_signature)
         try:
-            mask = cls._read(folder, manifest)
+            mask = cls._read(folder, manifest, own=True)
         except RaygardError as error:
             raise SignatureError(str(error)) from None
         require_files(folder, manifest, signed=True)
         return mask
 
     @classmethod
-    def _read(cls, folder: Path, content: bytes) -> FreezeMask:
-        """The mask in `folder`, whose manifest has this content."""
+    def _read(cls, folder: Path, content: bytes, *, own: bool = False) -> FreezeMask:
+        """The mask in `folder`, whose manifest has this content.
+
+        own: keep the values in memory before they are checked; otherwise they stay mapped, and a later change of the
+        file changes them.
+        """
         try:
             manifest = Manifest.model_validate_json(content)
         except ValidationError as error:
             raise RaygardError(f"{folder / MANIFEST}: {_problem(error)}") from None
         if set(manifest.files) not in ({ARRAYS}, {ARRAYS, VALUES}):
             raise RaygardError(f"{folder / MANIFEST}: files must be {ARRAYS} and perhaps {VALUES}")
-        for name, digest in manifest.files.items():
-            file = folder / name
-            if not file.is_file() or sha256_file(file) != digest:
-                raise RaygardError(f"{file} is missing or differs from the hash in {MANIFEST}; fetch the mask again")
         try:
-            arrays = load_file(str(folder / ARRAYS))
+            found = read_limited(folder / ARRAYS, MAX_MANIFEST_BYTES)
+            digests = {ARRAYS: hashlib.sha256(found).hexdigest()}
+            if VALUES in manifest.files:
+                digests[VALUES] = sha256_file(folder / VALUES)
+            for name, digest in manifest.files.items():
+                if digests[name] != digest:
+                    raise RaygardError(f"{folder / name} {_NOT_AS_NAMED}")
+            arrays = load(found)
             values = load_file(str(folder / VALUES)) if VALUES in manifest.files else {}
+            if own:
+                values = {name: value.clone() for name, value in values.items()}
+        except FileNotFoundError as error:
+            raise RaygardError(f"{error.filename} {_NOT_AS_NAMED}") from None
+        except OSError as error:
+            raise RaygardError(f"cannot read the mask in {folder}: {error.strerror or error}") from None
         except SafetensorError as error:
             raise RaygardError(f"{folder}: damaged safetensors ({error})") from None
         count = len(manifest.tensors)

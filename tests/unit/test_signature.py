@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raygard.cli import main
 from raygard.config_file import load_config
 from raygard.defences import masks_to_evaluate
 from raygard.errors import ExitCode, RaygardError
+from raygard.files import sha256_file
 from raygard.mask import FreezeMask, SignatureError, make_keys, sign_mask
 from raygard.mask.artifact import ARRAYS, MANIFEST, VALUES
 from raygard.mask.signature import PASSPHRASE, SIGNATURE, Signature, load_private_key
@@ -73,6 +75,33 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 # ------------------------------------------------------------------------------------------------ signing
+
+
+def test_what_changes_after_it_was_checked_is_not_used(
+    signed: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone who writes to the folder while it is read gets nothing in that was not signed."""
+    expected, arrays = FreezeMask.load(signed), load_file(str(signed / ARRAYS))
+
+    def hash_then_swap(file: Path) -> str:
+        digest = sha256_file(file)
+        save_file({**arrays, "logits": arrays["logits"] + 1}, str(signed / ARRAYS))
+        return digest
+
+    monkeypatch.setattr("raygard.mask.artifact.sha256_file", hash_then_swap)
+    found = FreezeMask.load(signed, require_signature=public(key))
+    with (signed / VALUES).open("r+b") as stream:
+        stream.seek(-8, os.SEEK_END)
+        stream.write(bytes(8))
+    assert torch.equal(found.logits, expected.logits) and found.values["2.bias"].tolist() == [5.0, 6.0]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(signed: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("raygard.mask.artifact.sha256_file", forbidden)
+    assert "Permission denied" in refused(signed, key)
 
 
 def test_a_signed_mask_is_the_mask(signed: Path, key: Path) -> None:
