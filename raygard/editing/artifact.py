@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raygard.errors import RaygardError
 from raygard.files import scratch
-from raygard.mask.weights import fingerprint, tensor_sha256
+from raygard.mask.weights import fingerprint, refuse_packed, tensor_sha256
 
 METADATA = "raygard_edit"
 
@@ -97,11 +97,13 @@ class Edit:
             with safe_open(str(file), framework="pt") as opened:
                 about = json.loads((opened.metadata() or {})[METADATA])
                 values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return cls(values, str(about["base_sha256"]), str(about["method"]), dict(about["settings"]))
+            found = cls(values, str(about["base_sha256"]), str(about["method"]), dict(about["settings"]))
         except (OSError, SafetensorError) as error:
             raise RaygardError(f"cannot read {file}: {error}") from None
         except (KeyError, TypeError, ValueError, RecursionError):
             raise RaygardError(f"{file} is not an edit: it lacks its description in the metadata") from None
+        refuse_packed(values, file)
+        return found
 
 
 def _fingerprint(parameters: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> str:

@@ -29,7 +29,7 @@ from raygard.files import read_limited, readable_disk_errors, sha256_file
 from raygard.mask.audit import AuditReport, audit_states
 from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry
 from raygard.mask.signature import SIGNATURE, SignatureError, check_signature, require_files
-from raygard.mask.weights import fingerprint, tensor_sha256
+from raygard.mask.weights import fingerprint, refuse_packed, tensor_sha256
 
 MANIFEST, ARRAYS, VALUES = "mask.json", "mask.safetensors", "values.safetensors"
 # A manifest of 10,000 tensors has about 2 MiB.
@@ -258,8 +258,10 @@ class FreezeMask:
             raise RaygardError(f"{error.filename} {_NOT_AS_NAMED}") from None
         except OSError as error:
             raise RaygardError(f"cannot read the mask in {folder}: {error.strerror or error}") from None
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:
+            # safetensors has no word of its own for a type of numbers that it does not know.
             raise RaygardError(f"{folder}: damaged safetensors ({error})") from None
+        refuse_packed(values, folder / VALUES)
         count = len(manifest.tensors)
         for key in ("logits", "soft", "mask"):
             if key not in arrays or arrays[key].shape != (count,) or not torch.isfinite(arrays[key].float()).all():

@@ -17,6 +17,7 @@ from raygard.errors import RaygardError
 
 DENOISER_FOLDERS = ("unet", "transformer")
 STEM = "diffusion_pytorch_model"
+PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 SHARD = re.compile(r"[\w.\-]+\.safetensors")
 
 
@@ -70,9 +71,18 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise RaygardError(f"{file} is not a .safetensors file; pickled weights are never read")
     try:
-        return load_file(str(file))
+        state = load_file(str(file))
     except (SafetensorError, OSError, ValueError) as error:
         raise RaygardError(f"cannot read {file}: damaged or incomplete ({error})") from None
+    refuse_packed(state, file)
+    return state
+
+
+def refuse_packed(state: Mapping[str, Tensor], file: Path) -> None:
+    """Raise RaygardError for a tensor of numbers smaller than a byte, which torch can store and not read."""
+    for name, tensor in state.items():
+        if tensor.dtype == PACKED:
+            raise RaygardError(f"{file}: '{name}' is stored as {PACKED}, which cannot be read; save it in another type")
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raygard.editing import Edit
+from raygard.editing.artifact import METADATA
 from raygard.errors import RaygardError
 from raygard.files import sha256_file
 from raygard.mask import FreezeMask
 from raygard.mask import artifact as artifact_module
 from raygard.mask.artifact import ARRAYS, MANIFEST, VALUES
+from raygard.mask.weights import read_safetensors
 
 QUICK = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -315,6 +318,28 @@ def test_arrays_of_the_wrong_form_are_refused(tmp_path: Path, arrays: dict[str, 
     save_file({key: value for key, value in found.items() if value is not None}, str(folder / ARRAYS))
     rehash(folder)
     assert message in refused(folder)
+
+
+def strange(dtype: str, size_bytes: int, **metadata: str) -> bytes:
+    """A safetensors file of one tensor of four numbers, of a type that `save_file` cannot write."""
+    entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, size_bytes]}
+    header = json.dumps({"__metadata__": metadata, "2.bias": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size_bytes)
+
+
+@pytest.mark.parametrize(("dtype", "size_bytes"), [("F4", 2), ("F6_E2M3", 3)])
+def test_numbers_that_torch_cannot_read_are_one_line(tmp_path: Path, dtype: str, size_bytes: int) -> None:
+    folder = saved(tmp_path, values={"2.bias": torch.tensor([5.0, 6.0])})
+    for name in (VALUES, ARRAYS):
+        (folder / name).write_bytes(strange(dtype, size_bytes))
+        rehash(folder)
+        assert str(folder) in refused(folder)
+    file = tmp_path / "edit.safetensors"
+    about = {"base_sha256": "", "method": "", "settings": {}}
+    file.write_bytes(strange(dtype, size_bytes, **{METADATA: json.dumps(about)}))
+    for read in (read_safetensors, Edit.load):
+        with pytest.raises(RaygardError, match=r"cannot (be )?read"):
+            read(file)
 
 
 def test_garbage_with_a_correct_hash_is_refused(tmp_path: Path) -> None:
