@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raygard.bilevel.segments import assemble
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.session import require_resources
-from raygard.cluster.worker import RUN_NAME, STORAGE, train_worker
+from raygard.cluster.worker import RUN_NAME, STORAGE, save_tensors, train_worker
 from raygard.config import EngineConfig, RunConfig
 from raygard.errors import RaygardError
 from raygard.files import require_own
@@ -48,9 +48,7 @@ def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None =
             pieces[name] = (int(start), values)
         parts.append(pieces)
     target = out / "relearned.safetensors"
-    scratch = target.with_suffix(".tmp")
-    save_file(assemble(parts, shapes), str(scratch))
-    scratch.replace(target)
+    save_tensors(assemble(parts, shapes), target)
     shutil.rmtree(out / "parts")
     shutil.rmtree(out / STORAGE, ignore_errors=True)
     return target

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from raygard.cluster import training
 from raygard.cluster.training import fit
+from raygard.cluster.worker import save_tensors
 from raygard.config import RunConfig
+from raygard.config_file import load_config
+from raygard.diffusion.model import load_unet
 from raygard.errors import RaygardError
 
 
@@ -30,3 +34,21 @@ def test_a_users_mistake_in_a_worker_ends_the_run_at_once(monkeypatch: pytest.Mo
     with pytest.raises(RaygardError) as caught:
         fit(RunConfig(), print, {}, tmp_path / "out", None)
     assert str(caught.value) == "no room; make some"
+
+
+def test_a_full_disk_leaves_nothing_half_written_of_what_was_relearned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_sd: Path
+) -> None:
+    config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_sd}"])
+    parts = {f"0:{name}": p.detach().flatten() for name, p in load_unet(config.model).named_parameters()}
+
+    def full(_: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(training, "fit", lambda *_: None)
+    save_tensors(parts, tmp_path / "parts" / "rank-00000.safetensors")
+    monkeypatch.setattr("raygard.cluster.worker.save_file", full)
+    with pytest.raises(RaygardError, match="no space left"):
+        training.relearn(config, tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
