@@ -18,7 +18,7 @@ from torch import Tensor
 from raygard.bilevel.segments import assemble
 from raygard.cluster.errors import user_mistake
 from raygard.cluster.session import require_resources
-from raygard.cluster.worker import RUN_NAME, STORAGE, save_tensors, train_worker
+from raygard.cluster.worker import LOGITS, PARTS, RUN_NAME, STORAGE, save_tensors, train_worker
 from raygard.config import EngineConfig, RunConfig
 from raygard.errors import RaygardError
 from raygard.files import require_own
@@ -34,24 +34,32 @@ ROOM_POLL_S = 2.0
 def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None = None) -> Path:
     """Fine-tune the base on illegal and legal pictures; return the file of theta_ft (float32, by name).
 
-    Runs `config.engine` workers in Ray Train; resumes a run that was cut off in the same folder.
+    Runs `config.engine` workers in Ray Train; resumes a run that was cut off in the same folder, and trains nothing
+    where it had come to its end.
     """
-    fit(config, train_worker, {"stage": "relearn", "cache": str(cache), "out": str(out), "mask_seed": 0}, out, on_row)
+    target = out / "relearned.safetensors"
+    if not target.exists():
+        job = {"stage": "relearn", "cache": str(cache), "out": str(out), "mask_seed": 0}
+        fit(config, train_worker, job, out, on_row)
+        save_tensors(_joined(config, out / PARTS), target)
+    for folder in (PARTS, STORAGE):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    return target
+
+
+def _joined(config: RunConfig, folder: Path) -> dict[str, Tensor]:
+    """Whole tensors from the parts that the workers left in `folder`."""
     from raygard.diffusion.model import load_unet
 
     shapes = {name: tuple(p.shape) for name, p in load_unet(config.model).named_parameters()}
     parts: list[dict[str, tuple[int, Tensor]]] = []
-    for file in sorted((out / "parts").glob("rank-*.safetensors")):
+    for file in sorted(folder.glob("rank-*.safetensors")):
         pieces = {}
         for key, values in load_file(str(file)).items():
             start, name = key.split(":", 1)
             pieces[name] = (int(start), values)
         parts.append(pieces)
-    target = out / "relearned.safetensors"
-    save_tensors(assemble(parts, shapes), target)
-    shutil.rmtree(out / "parts")
-    shutil.rmtree(out / STORAGE, ignore_errors=True)
-    return target
+    return assemble(parts, shapes)
 
 
 def learn(
@@ -66,7 +74,7 @@ def learn(
 ) -> tuple[Tensor, Tensor]:
     """Learn mask logits (Algorithm 1); return logits and soft mask, float64 (N,).
 
-    callbacks: Ray Train user callbacks, e.g. Tune's `TuneReportCallback` inside a trial.
+    Resumes as `relearn` does. callbacks: Ray Train user callbacks, e.g. Tune's `TuneReportCallback` inside a trial.
     """
     job = {
         "stage": "learn",
@@ -75,8 +83,9 @@ def learn(
         "out": str(out),
         "mask_seed": mask_seed,
     }
-    fit(config, train_worker, job, out, on_row, callbacks)
-    arrays = load_file(str(out / "logits.safetensors"))
+    if not (out / LOGITS).exists():
+        fit(config, train_worker, job, out, on_row, callbacks)
+    arrays = load_file(str(out / LOGITS))
     shutil.rmtree(out / STORAGE, ignore_errors=True)
     if not torch.isfinite(arrays["logits"]).all():
         raise RaygardError("the mask's logits are not finite; lower mask.mask_lr")

@@ -37,6 +37,7 @@ DEFAULT_SPARSITY_WEIGHT = 5e3
 RELEARN_STEPS_PER_UNIT = 10
 # Ray Train's place for checkpoints in a stage's folder.
 STORAGE, RUN_NAME = "ray", "train"
+LOGITS, PARTS = "logits.safetensors", "parts"
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -325,12 +326,12 @@ def _write_result(training: ShardedTraining, out: Path, rank: int, relearning: b
     if not relearning:
         if rank == 0:
             arrays = {"logits": optimizer.logits.contiguous(), "soft": optimizer.soft.contiguous()}
-            save_tensors(arrays, out / "logits.safetensors")
+            save_tensors(arrays, out / LOGITS)
         return
     arrays = {}
     for name, (start, values) in optimizer.layout.pieces(optimizer.shards()).items():
         arrays[f"{start}:{name}"] = values.contiguous()
-    save_tensors(arrays, out / "parts" / f"rank-{rank:05d}.safetensors")
+    save_tensors(arrays, out / PARTS / f"rank-{rank:05d}.safetensors")
 
 
 def save_tensors(arrays: dict[str, Tensor], path: Path) -> None:

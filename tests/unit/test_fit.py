@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from raygard.cluster import training
@@ -52,3 +53,19 @@ def test_a_full_disk_leaves_nothing_half_written_of_what_was_relearned(
     with pytest.raises(RaygardError, match="no space left"):
         training.relearn(config, tmp_path, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_a_training_that_had_come_to_its_end_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its checkpoints are gone by then, and its stage may have been cut off before it was marked as finished."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "fit", never)
+    save_tensors({"logits": torch.zeros(3), "soft": torch.ones(3)}, tmp_path / "logits.safetensors")
+    save_tensors({"w": torch.zeros(3)}, tmp_path / "relearned.safetensors")
+    logits, soft = training.learn(RunConfig(), tmp_path, tmp_path, 0, tmp_path)
+    assert logits.tolist() == [0.0] * 3 and soft.tolist() == [1.0] * 3
+    (tmp_path / "ray").mkdir()
+    assert training.relearn(RunConfig(), tmp_path, tmp_path) == tmp_path / "relearned.safetensors"
+    assert not (tmp_path / "ray").exists()
