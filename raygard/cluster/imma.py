@@ -6,6 +6,7 @@ clipping sees the gradients of the side at hand alone, because `TwoSidedAdamW` l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raygard.cluster.engine import Checkpointed, deepspeed_config, initialize
+from raygard.cluster.session import node_resources, workers_fit
 from raygard.cluster.training import OnRow, fit
 from raygard.cluster.values import gather
 from raygard.cluster.worker import (
@@ -32,11 +34,12 @@ from raygard.cluster.worker import (
     report_engine,
     save_tensors,
 )
-from raygard.config import RunConfig
+from raygard.config import EngineConfig, RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.model import load_unet
 from raygard.editing import EditMaterial, IMMASettings
 from raygard.editing.imma import Immunisation, Pictures, Place, StepRecord, TwoSidedAdamW, immunise, pictures
+from raygard.errors import RaygardError
 
 log = logging.getLogger("raygard")
 
@@ -59,26 +62,40 @@ def learn_imma(
     come to its end. Raises RaygardError as `raygard.editing.imma_values` does.
     """
     if not (out / RESULT).exists():
-        number = workers(settings, config.engine.num_workers)
+        number = workers(settings, config.engine, node_resources())
         if number < config.engine.num_workers:
             log.warning(
                 "IMMA's train_batch_size %d goes to %d of %d workers", settings.train_batch_size, number,
                 config.engine.num_workers,
             )  # fmt: skip
-        engine = config.engine.model_copy(update={"num_workers": number, "min_workers": None})
         job = {
             "settings": asdict(settings), "cache": str(cache), "out": str(out),
             "general": None if general is None else str(general),
         }  # fmt: skip
-        fit(config.model_copy(update={"engine": engine}), imma_worker, job, out, on_row)
+        fit(config.model_copy(update={"engine": _of(config.engine, number)}), imma_worker, job, out, on_row)
     values = load_file(str(out / RESULT))
     shutil.rmtree(out / STORAGE, ignore_errors=True)
     return values
 
 
-def workers(settings: IMMASettings, num_workers: int) -> int:
-    """How many of `num_workers` the batch can be divided among; one for the published batch of one picture."""
-    return math.gcd(num_workers, settings.train_batch_size // settings.gradient_accumulation_steps)
+def workers(settings: IMMASettings, engine: EngineConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many of `engine.num_workers` the batch can be divided among; one for the published batch of one picture.
+
+    nodes: total resources of each. An elastic run takes fewer where the nodes have no room for all.
+    """
+    most = math.gcd(engine.num_workers, settings.train_batch_size // settings.gradient_accumulation_steps)
+    if engine.min_workers is None:
+        return most
+    for number in range(most, 1, -1):
+        if most % number == 0:
+            with contextlib.suppress(RaygardError):
+                workers_fit(_of(engine, number), nodes)
+                return number
+    return 1
+
+
+def _of(engine: EngineConfig, number: int) -> EngineConfig:
+    return engine.model_copy(update={"num_workers": number, "min_workers": None})
 
 
 def imma_worker(job: dict[str, Any]) -> None:

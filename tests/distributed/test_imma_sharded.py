@@ -120,10 +120,12 @@ def test_resume_is_bitwise_the_straight_run(results, reference, worker, item: st
 
 def test_a_batch_that_ranks_cannot_share_is_refused(root, worker) -> None:
     from raygard.cluster.imma import workers
+    from raygard.config import EngineConfig
     from raygard.editing import IMMASettings
     from raygard.editing.imma import Place, immunise
     from raygard.errors import RaygardError
 
-    assert [workers(IMMASettings(train_batch_size=size), 4) for size in (1, 3, 6, 8)] == [1, 1, 2, 4]
+    engine = EngineConfig(num_workers=4)
+    assert [workers(IMMASettings(train_batch_size=size), engine, []) for size in (1, 3, 6, 8)] == [1, 1, 2, 4]
     with pytest.raises(RaygardError, match="train_batch_size 3 cannot be divided among 2 workers x 1"):
         next(immunise(None, None, None, None, IMMASettings(train_batch_size=3), Place(0, 2)))

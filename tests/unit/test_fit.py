@@ -9,11 +9,13 @@ import torch
 from safetensors import SafetensorError
 
 from raygard.cluster import training
+from raygard.cluster.imma import workers
 from raygard.cluster.training import fit
 from raygard.cluster.worker import save_tensors
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.diffusion.model import load_unet
+from raygard.editing import IMMASettings
 from raygard.errors import RaygardError
 
 
@@ -69,3 +71,23 @@ def test_a_training_that_had_come_to_its_end_is_not_repeated(monkeypatch: pytest
     (tmp_path / "ray").mkdir()
     assert training.relearn(RunConfig(), tmp_path, tmp_path) == tmp_path / "relearned.safetensors"
     assert not (tmp_path / "ray").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "settings", "room", "expected"),
+    [
+        (1, ("engine.num_workers=4",), 4, 1),
+        (6, ("engine.num_workers=4",), 4, 2),
+        (6, ("engine.num_workers=4",), 1, 2),
+        (8, ("engine.num_workers=4", "engine.min_workers=1"), 4, 4),
+        (8, ("engine.num_workers=4", "engine.min_workers=1"), 3, 2),
+        (8, ("engine.num_workers=4", "engine.min_workers=3"), 3, 2),
+        (8, ("engine.num_workers=4", "engine.min_workers=1"), 0, 1),
+    ],
+)
+def test_imma_takes_as_many_workers_as_divide_its_batch_and_have_room(
+    batch: int, settings: tuple[str, ...], room: int, expected: int
+) -> None:
+    """Only an elastic run may have fewer than it asks for; without room for one, it says so as any other."""
+    config = load_config(None, [*settings, "bilevel.train_batch_size=24"])
+    assert workers(IMMASettings(train_batch_size=batch), config.engine, [{"CPU": float(room)}]) == expected
