@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointi
         raise RaygardError(f"cannot run this denoiser to count its activations: {reason}") from None
 
 
+@contextmanager
+def fake_denoiser(config: Mapping[str, Any]) -> Iterator[Any]:
+    """A UNet2DConditionModel of tensors that are not allocated, and a block in which all new ones are like that."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield _unet(config, False)
+
+
 def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserShape:
     """Make a module and run it forward, both on fake tensors, and count what its backward pass would keep.
 
@@ -136,3 +146,10 @@ def latent_side(config: Mapping[str, Any], model: ModelConfig, resolution: int |
         return resolution // 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RaygardError(f"cannot read {file}: {error}") from None
+
+
+def text_encoder_bytes(model: ModelConfig) -> int:
+    """Bytes of the text encoder's weights as they are stored; 0 for a known shape, which has none."""
+    if is_shape(model.pretrained_model_name_or_path):
+        return 0
+    return sum(file.stat().st_size for file in (model_folder(model) / "text_encoder").glob("model*.safetensors"))

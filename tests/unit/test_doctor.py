@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,13 @@ from raygard.cluster.doctor import node as on_node
 from raygard.cluster.doctor.checks import STAGES, Check, Facts, NodeFacts, all_green, judge
 from raygard.cluster.doctor.examine import examine, read_checks, report_json, require_fit
 from raygard.cluster.doctor.facts import worker_memory
+from raygard.cluster.doctor.imma import Trained, count_trained, immunisations
 from raygard.cluster.doctor.main_memory import main_memory
 from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
 from raygard.cluster.doctor.node import Listing
 from raygard.config import ModelConfig
 from raygard.config_file import load_config
+from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.model import load_unet
 from raygard.diffusion.shape import denoiser_config, is_shape, measure_denoiser
 from raygard.errors import ExitCode, RaygardError, UnfitClusterError
@@ -244,6 +247,48 @@ def test_values_need_the_moments_of_what_is_frozen_at_most() -> None:
     # Half of the tensors may be the largest ones.
     assert whole / 2 < by_count["values"]["Adam's moments"] < whole
     assert "theta_d" not in by_params["values"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "both", "more"),
+    [
+        ({"method": "imma"}, "attention + lora", "0", "lora"),
+        ({"method": "imma-retain", "inner": "dreambooth", "layers": "cross-kv"}, "all", "cross-kv", "all - cross-kv"),
+        ({"method": "imma", "inner": "dreambooth-immunised"}, "attention", "attention", "0"),
+        ({"method": "imma", "inner": "textual-inversion"}, "attention + lora", "0", "lora"),
+    ],
+)
+def test_what_imma_trains_is_counted_as_it_is_built(
+    settings: dict[str, str], trained: str, both: str, more: str, tiny_sd: Path
+) -> None:
+    model = ModelConfig(pretrained_model_name_or_path=str(tiny_sd))
+    unet = load_unet(model)
+    sizes = {name: sum(unet.get_parameter(n).numel() for n in attention_tensors(unet, name)) for name in LAYERS}
+    lora = sum(4 * sum(unet.get_parameter(n).shape) for n in attention_tensors(unet, "attention", ("weight",)))
+    known = {**sizes, "lora": lora, "all": sum(p.numel() for p in unet.parameters()), "0": 0}
+    edit = json.dumps([{"name": "mine", **settings}])
+    (found,) = immunisations(load_config(None, ["compare.defences=[none, mine+freeze@0.5]", f"compare.edits={edit}"]))
+
+    def total(words: str) -> int:
+        first, *rest = re.split(" ([+-]) ", words)
+        return known[first] + (known[rest[1]] * (1 if rest[0] == "+" else -1) if rest else 0)
+
+    expected = Trained(total(trained), total(both), total(more))
+    assert count_trained(denoiser_config(model), found) == expected
+
+
+def test_imma_is_estimated_where_a_comparison_has_it(tiny_sd: Path) -> None:
+    base = [f"model.pretrained_model_name_or_path={tiny_sd}", "domain.resolution=16", "engine.num_workers=2"]
+    assert "imma" not in worker_memory(load_config(None, base))
+    plain, retains, attacked = (
+        worker_memory(
+            load_config(None, [*base, "compare.defences=[none, x]", f"compare.edits=[{{name: x, method: {edit}}}]"])
+        )["imma"]
+        for edit in ("imma", "imma-retain", "imma, inner: dreambooth-immunised, train_batch_size: 2")
+    )
+    assert retains["activations"] == 2 * plain["activations"] > 0 == plain["other side's moments"]
+    assert attacked["other side's moments"] == attacked["Adam's moments"] and plain["text encoder"] > 1000
+    assert "theta_d" not in plain
 
 
 def test_the_description_adds_up() -> None:

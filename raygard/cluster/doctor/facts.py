@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from raygard.cluster.doctor.checks import Facts, NodeFacts, fit_or_reason
-from raygard.cluster.doctor.memory import TrainStage, estimate_memory, most_trained
+from raygard.cluster.doctor.memory import FP32, TrainStage, estimate_memory, most_trained
 from raygard.cluster.doctor.node import Listing, list_data, look_around, remove_markers, unseen_markers, versions
 from raygard.config import BilevelConfig, RunConfig, ValuesConfig
+from raygard.editing.imma import IMMASettings
 from raygard.files import existing_folder
 from raygard.tracking_store import store_trouble
 
@@ -64,23 +65,32 @@ def collect(config: RunConfig, out: str | Path, address: str) -> Facts:
 
 def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
     """`estimate_memory` for each training stage of a run. Raises RaygardError if the model's shape cannot be found."""
-    from raygard.diffusion.shape import denoiser_config, latent_side, measure_denoiser
+    from raygard.cluster.doctor.imma import count_trained, immunisations
+    from raygard.cluster.imma import workers
+    from raygard.diffusion.shape import denoiser_config, latent_side, measure_denoiser, text_encoder_bytes
 
     content, engine, b, values = denoiser_config(config.model), config.engine, config.bilevel, config.values
     side = latent_side(content, config.model, config.domain.resolution)
     shape = measure_denoiser(content, side, checkpointing=engine.gradient_checkpointing)
 
-    def estimate(stage: TrainStage, settings: BilevelConfig | ValuesConfig, num_trained: int) -> dict[str, int]:
+    def estimate(
+        stage: TrainStage,
+        settings: BilevelConfig | ValuesConfig | IMMASettings,
+        num_trained: int,
+        num_workers: int = engine.fewest_workers,
+        more: int = 0,
+        pictures: int = 1,
+    ) -> dict[str, int]:
         return estimate_memory(
-            shape.num_params,
+            shape.num_params + more,
             stage=stage,
             num_trained=num_trained,
             largest=max(shape.sizes),
             zero_stage=engine.zero_stage,
-            num_workers=engine.fewest_workers,
+            num_workers=num_workers,
             mixed_precision=engine.mixed_precision,
             adam=stage != "learn" or b.user_optimizer == "adamw",
-            samples_per_worker=settings.micro_batch(engine.fewest_workers),
+            samples_per_worker=pictures * settings.micro_batch(num_workers),
             saved_elements=shape.saved_elements,
             accumulates=settings.gradient_accumulation_steps > 1,
             host=not engine.use_gpu,
@@ -90,6 +100,15 @@ def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
     if values.enabled:
         trained = most_trained(shape.sizes, config.mask.freeze_ratio, config.mask.budget)
         found["values"] = estimate("values", values, trained)
+    for settings in immunisations(config):
+        counted = count_trained(content, settings)
+        number = workers(settings, engine, ())
+        # What the release must keep goes through the denoiser with what the attacker learns.
+        pictures = 2 if settings.retain_weight > 0 else 1
+        terms = estimate("imma", settings, counted.trained, number, counted.more, pictures)
+        shared = -(-counted.both // (number if engine.zero_stage > 0 else 1))
+        terms |= {"other side's moments": 2 * shared * FP32, "text encoder": text_encoder_bytes(config.model)}
+        found["imma"] = max(terms, found.get("imma", {}), key=lambda each: sum(each.values()))
     return found
 
 

@@ -17,7 +17,9 @@ NOT_COVERED = (
 # What the CUDA context and its libraries take of a GPU, and Python's libraries of main memory (benchmarks/memory.py).
 CUDA_CONTEXT = 1 * GIB
 LIBRARIES = 700 * 1024**2
-TrainStage = Literal["relearn", "learn", "values"]
+TrainStage = Literal["relearn", "learn", "values", "imma"]
+# Those that keep no theta_d: the denoiser itself is trained, or a part of it.
+PLAIN = ("values", "imma")
 ZeroStage = Literal[0, 1, 2, 3]
 
 
@@ -38,7 +40,7 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes of each thing that lies in one worker's memory at the peak of a training step.
 
-    num_params: of the denoiser; num_trained: of them with a gradient, fewer than all in stage "values" only. largest:
+    num_params: of the denoiser; num_trained: of them with a gradient, fewer than all in PLAIN stages only. largest:
     of one tensor. adam: whether the optimizer keeps moments, as all do but a simulated user's SGD. samples_per_worker:
     pictures of one backward pass. saved_elements: what autograd keeps for one of them. accumulates: several backward
     passes make a step. host: the device is the CPU, where theta_pre lies as well; beside a GPU it stays in main memory.
@@ -52,15 +54,15 @@ def estimate_memory(
     workers = num_workers if sharded else 1
     shard = -(-num_trained // workers)
     standing = {"weights": (-(-num_params // workers) if zero_stage == 3 else num_params) * stored}
-    if stage != "values":
+    if stage not in PLAIN:
         standing["theta_d"] = shard * FP32
     if sharded:
         standing["float32 shard"] = shard * FP32
     if adam:
         standing["Adam's moments"] = 2 * shard * FP32
-    if host and stage != "values":
+    if host and stage not in PLAIN:
         standing["theta_pre"] = num_params * FP32
-    if host and stage == "values" and zero_stage in (1, 2) and stored == FP32:
+    if host and stage in PLAIN and zero_stage in (1, 2) and stored == FP32:
         # Weights are mapped from their file as one piece, which stays while a tensor that is not trained lies in it.
         standing["mapped originals"] = num_trained * FP32
     activations = samples_per_worker * saved_elements * (BF16 if half else FP32)
