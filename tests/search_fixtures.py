@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from raygard.config import RunConfig
 from tests.patterns import make_patterns
 
 SETTINGS = (
@@ -78,13 +80,16 @@ def searched(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return out, output
 
 
-def lend(searched: Path, out: Path) -> None:
+def lend(searched: Path, out: Path, config: RunConfig) -> None:
     """Give a search of the same domain the relearned state, caches and stored results of a finished one.
 
-    Whatever its configuration decides otherwise it finds missing under its own hash, and computes.
+    config: of the search to come in `out`. Whatever it decides otherwise it finds missing under its own hash, and
+    computes.
     """
     for name in ("relearn", "cache", "store"):
         shutil.copytree(searched / name, out / name)
+    content = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"half": "publisher"})})
+    (out / "config.yaml").write_text(yaml.safe_dump(content.model_dump(mode="json")), encoding="utf-8")
 
 
 def check_hierarchy(uri: str, choice: Mapping[str, Any]) -> None:

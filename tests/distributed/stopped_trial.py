@@ -80,7 +80,7 @@ def main() -> None:
     with ray_session(local_cpus=1, state_api=True), other_cluster():
         with contextlib.suppress(TrialsEnded):
             flow = SearchFlow(config, out)
-            lend(searched, out)
+            lend(searched, out, config)
             flow.run()
         deadline = time.monotonic() + 60
         while ray.available_resources().get("CPU", 0.0) < 1 and time.monotonic() < deadline:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from raygard.cluster.session import IDLE_WORKER_MS
 from raygard.config_file import load_config
@@ -120,9 +119,7 @@ def test_two_domains_as_one_job_each_with_one_ranking_for_all_p(head, patterns, 
     )
     # Users without a mask are the same in any role and need not be simulated again; what was relearned is not.
     for file in files:
-        lend(searched[0], out / file.stem)
-        config = load_config(file, [*shared, *own, "evaluation.half=publisher"])
-        (out / file.stem / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        lend(searched[0], out / file.stem, load_config(file, [*shared, *own]))
     done = submit(head, "python", "jobs/search.py", *configs, "--out", str(out), "--quiet", *shared, *own, timeout=1300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert "succeeded" in done.stdout
