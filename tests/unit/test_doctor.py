@@ -6,8 +6,10 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +140,33 @@ def test_a_cluster_that_does_not_answer_is_one_red_line(monkeypatch: pytest.Monk
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     (check,) = examine(load_config(None), tmp_path, "127.0.0.1:1")
     assert (check.name, check.ok) == ("cluster", False) and "127.0.0.1:1" in check.text and "start it" in check.mend
+
+
+def test_what_is_uploaded_with_a_job_is_looked_at_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_sd: Path
+) -> None:
+    """The job that looks around in the cluster has no working directory of the user's."""
+    module = sys.modules["raygard.cluster.doctor.examine"]
+    red = [Check("storage", True, "s"), Check("model", False, "gone"), Check("data", False, "gone")]
+
+    @contextmanager
+    def connected(_: str) -> Any:
+        yield SimpleNamespace(submit_job=lambda **_: "job")
+
+    def followed(_client: Any, _job: str, write: Any) -> SimpleNamespace:
+        write(json.dumps(report_json(red)))
+        return SimpleNamespace(detached=False)
+
+    monkeypatch.setattr(module, "jobs_client", connected)
+    monkeypatch.setattr(module, "_takes_anyone", lambda _: False)
+    monkeypatch.setattr(module, "follow", followed)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd").symlink_to(tiny_sd)
+    (tmp_path / "pictures").mkdir()
+    for folder, ok in (("", True), (f"{tmp_path}/", False)):
+        settings = [f"model.pretrained_model_name_or_path={folder}sd", f"domain.data={folder}pictures"]
+        checks = module.examine_from_outside(load_config(None, settings), "/out", "http://h:8265")
+        assert [(check.name, check.ok) for check in checks] == [("storage", True), ("model", ok), ("data", ok)]
 
 
 @pytest.fixture

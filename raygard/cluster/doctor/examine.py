@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from raygard.cluster.address import TOKEN_HELP
-from raygard.cluster.doctor.checks import Check, all_green, check_data, judge
+from raygard.cluster.doctor.checks import Check, NodeFacts, all_green, check_data, check_model, judge
 from raygard.cluster.doctor.facts import collect
-from raygard.cluster.doctor.node import list_data
+from raygard.cluster.doctor.node import list_data, list_model
 from raygard.cluster.session import environment, ray_session
 from raygard.cluster.submit import follow, jobs_client, submit
 from raygard.config import RunConfig, public
@@ -64,11 +64,18 @@ def examine_from_outside(config: RunConfig, out: str | Path, address: str) -> li
     if checks is None:
         last = next((line for line in reversed("".join(log).splitlines()) if line.strip()), ended.reason or "no output")
         raise RaygardError(f"the job that looks around in the cluster at {address} failed (ray job {job_id}): {last}")
-    data = Path(config.domain.data)
-    if data.is_dir() and not data.is_absolute():
-        # `raygard submit` uploads it with the working directory, which the job that looked around had none of.
-        checks = [check_data(str(data), list_data(str(data))) if c.name == "data" else c for c in checks]
-    return checks
+    # `raygard submit` uploads them with the working directory, which the job that looked around had none of.
+    data, model = config.domain.data, config.model.pretrained_model_name_or_path
+    here: dict[str, Check] = {}
+    if _uploaded(data):
+        here["data"] = check_data(data, list_data(data))
+    if _uploaded(model):
+        here["model"] = check_model(model, [NodeFacts("", "here", model=list_model(model, config.model.revision))])
+    return [here.get(check.name, check) for check in checks]
+
+
+def _uploaded(name: str) -> bool:
+    return Path(name).is_dir() and not Path(name).is_absolute()
 
 
 def require_fit(config: RunConfig, out: str | Path, *stages: str) -> None:
