@@ -129,6 +129,13 @@ def test_workers_are_not_split_over_nodes() -> None:
     assert "2 workers of 1.5 CPU each, but the nodes have room for 1" in red.text
 
 
+def test_a_node_that_is_lost_in_the_middle_is_one_red_line() -> None:
+    """It wrote its marker and then went away, so that nobody can say where the marker is."""
+    lost = NodeFacts("b", "b", failed="no answer")
+    (red,) = (c for c in judge(load_config(None), the_facts(a_node("a", unseen=["b"]), lost)) if not c.ok)
+    assert red.name == "cluster" and "b: no answer" in red.text
+
+
 def test_checks_survive_the_way_through_a_job_log() -> None:
     checks = [Check("cluster", True, "3 nodes"), Check("shm", False, "small", "raise it")]
     log = f'INFO something {{"checks"\n{json.dumps(report_json(checks))}\nnot json\n'

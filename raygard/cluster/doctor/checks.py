@@ -163,7 +163,8 @@ def check_storage(storage: str, nodes: Sequence[NodeFacts]) -> Check:
         mend = "mount it on every node, writable for the user that runs Ray, or give another --out"
         return Check("storage", False, f"{storage} cannot be written on {', '.join(cannot)}", mend)
     names = {node.node_id: node.name for node in nodes}
-    blind = [f"{node.name} does not see what {names[other]} writes" for node in nodes for other in node.unseen]
+    pairs = ((node, other) for node in nodes for other in node.unseen if other in names)
+    blind = [f"{node.name} does not see what {names[other]} writes" for node, other in pairs]
     if blind:
         more = f" (and {len(blind) - 1} more such pairs)" if len(blind) > 1 else ""
         mend = "mount the same file system there on every node, or give an --out that is on one"
