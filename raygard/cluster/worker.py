@@ -37,6 +37,8 @@ DEFAULT_SPARSITY_WEIGHT = 5e3
 RELEARN_STEPS_PER_UNIT = 10
 # Ray Train's place for checkpoints in a stage's folder.
 STORAGE, RUN_NAME = "ray", "train"
+# Of the folders that DeepSpeed's state lies in until Ray Train has copied it.
+UNFINISHED = "rank-"
 LOGITS, PARTS = "logits.safetensors", "parts"
 
 
@@ -207,7 +209,7 @@ def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of the stage in `out` that is whole, None at the start. Collective.
 
     That may be one whose report was under way when the workers were lost, of which Ray Train knows nothing. What it
-    does not know and is not whole, a killed attempt's half, is removed.
+    does not know and is not whole, a killed attempt's half, is removed, and so is state that was never handed to it.
     Raises RaygardError if there are checkpoints and none is whole.
     """
     import ray.train
@@ -225,6 +227,9 @@ def last_checkpoint(out: Path) -> Path | None:
         for name in names:
             if (found is None or name > found.name) and (known is None or name > Path(known.path).name):
                 shutil.rmtree(storage / name)
+        # No rank reports before rank 0 takes a step with it.
+        for unfinished in (out / STORAGE).glob(f"{UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     return found
 
 
@@ -251,8 +256,8 @@ def report_engine(training: Checkpointed, out: Path, done: int, row: dict[str, A
     """Save DeepSpeed's state after `done` steps as a checkpoint of Ray Train, with a line of history. Collective."""
     import ray.train
 
-    # Where the stage's end removes what a killed worker left.
-    with tempfile.TemporaryDirectory(prefix="rank-", dir=out / STORAGE) as folder:
+    # Where the next start, or the stage's end, removes what a killed worker left.
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out / STORAGE) as folder:
         training.save(Path(folder), done)
         ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

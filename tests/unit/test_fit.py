@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from raygard.cluster import training
+from raygard.cluster import training, worker
 from raygard.cluster.imma import workers
 from raygard.cluster.training import fit
 from raygard.cluster.worker import save_tensors
@@ -91,3 +91,25 @@ def test_imma_takes_as_many_workers_as_divide_its_batch_and_have_room(
     """Only an elastic run may have fewer than it asks for; without room for one, it says so as any other."""
     config = load_config(None, [*settings, "bilevel.train_batch_size=24"])
     assert workers(IMMASettings(train_batch_size=batch), config.engine, [{"CPU": float(room)}]) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_killed_workers_left_is_removed_at_the_next_start(
+    rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Copies of state that a killed worker had not handed to Ray Train yet are as large as a checkpoint."""
+    import ray.train.collective
+    import ray.train.torch
+
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda value: value)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cpu")
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(worker, "first_whole", lambda *_: None)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: rank)
+    for name in ("rank-abc/state", "train/checkpoint_half", "train/other"):
+        (tmp_path / "ray" / name).mkdir(parents=True)
+    assert worker.last_checkpoint(tmp_path) is None
+    left = {path.relative_to(tmp_path / "ray").as_posix() for path in (tmp_path / "ray").glob("**/*")}
+    assert left == ({"train", "train/other"} if rank == 0 else {
+        "rank-abc", "rank-abc/state", "train", "train/checkpoint_half", "train/other"
+    })  # fmt: skip
