@@ -22,11 +22,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/raygard demo --out $(DEMO_OUT)
 
+# Tests that start clusters of their own run one at a time, all others on every core.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not distributed and not faults and not demo"
+	$(BIN)/python -m pytest -m "distributed or faults or demo"
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not distributed and not faults and not demo and not gpu and not fuzz"
+	$(BIN)/python -m pytest -n auto -m "not distributed and not faults and not demo and not gpu and not fuzz"
 
 lint: install
 	$(BIN)/ruff check .
