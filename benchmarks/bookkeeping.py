@@ -132,9 +132,9 @@ def compare(name: str, sizes: list[int], repeats: int, device: str) -> dict[str,
 def step_seconds(repeats: int, batch: int) -> float:
     """Forward and backward of the bundled model, one worker's half of the demo's batch."""
     from raygard.config import ModelConfig
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
-    unet = load_unet(ModelConfig()).train()
+    unet = load_denoiser(ModelConfig()).train()
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents = torch.randn(batch, unet.config.in_channels, size, size)
     text, timesteps = torch.randn(batch, 24, width), torch.randint(0, 1000, (batch,))
@@ -174,9 +174,9 @@ def main() -> None:
     scale = args.scale or (1 if device == "cuda" else 16)
 
     from raygard.config import ModelConfig
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
-    bundled = [parameter.numel() for parameter in load_unet(ModelConfig()).parameters()]
+    bundled = [parameter.numel() for parameter in load_denoiser(ModelConfig()).parameters()]
     step = step_seconds(args.repeats, args.batch)
     results = [
         compare("bundled", bundled, args.repeats, device),

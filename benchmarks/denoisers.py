@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from raygard.diffusion.shape import KNOWN, TEXT_TOKENS, measure
+from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS as TEXT_TOKENS
+from raygard.diffusion.families.stable_diffusion import StableDiffusion
+from raygard.diffusion.shape import measure
 
 RESULTS = Path(__file__).parent / "results" / "denoisers.json"
 # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it is not diffusers' default.
@@ -48,7 +50,7 @@ def sd21(side: int) -> tuple[Any, Any]:
     def run(unet: Any) -> object:
         return unet(torch.empty(1, 4, side, side), torch.zeros(1), torch.empty(1, TEXT_TOKENS, 1024))
 
-    return lambda: UNet2DConditionModel(**KNOWN["SD2.1-shape"]), run
+    return lambda: UNet2DConditionModel(**StableDiffusion.shapes["SD2.1-shape"]), run
 
 
 def sdxl(side: int) -> tuple[Any, Any]:

@@ -107,19 +107,18 @@ def values_phases(config: RunConfig) -> Iterator[None]:
     import torch.distributed as dist
 
     from raygard.cluster.values import build_values, make_plan
-    from raygard.diffusion.loss import DiffusionLoss
-    from raygard.diffusion.model import load_noise_scheduler, load_unet
+    from raygard.diffusion.model import load_denoiser, load_loss
     from raygard.values import NUM_BINS, ROLES, Objective, ValuesSource, train_values
     from raygard.values.batches import Pictures
 
     model = Path(config.model.pretrained_model_name_or_path)
     data = workers.random_latents(model)
-    unet = load_unet(config.model).train()
+    unet = load_denoiser(config.model).train()
     sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
     frozen = sorted(sizes, key=lambda name: -sizes[name])[: round(VALUES_RATIO * len(sizes))]
-    loss = DiffusionLoss(load_noise_scheduler(config.model))
+    loss = load_loss(config.model)
     training = build_values(config, unet, loss, frozen)
-    pictures = [Pictures(rows, data.text.index[rows][None]) for rows in map(data.rows, workers.CLASSES)]
+    pictures = [Pictures(rows, data.conditioning.index[rows][None]) for rows in map(data.rows, workers.CLASSES)]
     roles = ([pictures[1]], [pictures[1]], [pictures[0]])
     source = ValuesSource(data, roles, config.values.train_batch_size, loss.num_timesteps, 0)
     objective = Objective.of(torch.ones(len(ROLES), NUM_BINS), loss.num_timesteps, config.values)

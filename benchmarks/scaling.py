@@ -81,10 +81,10 @@ def bundled(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from raygard.config import ModelConfig
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
     shutil.copytree(resolve_model("zoo:tiny-sd"), folder)
-    weights = load_unet(ModelConfig()).named_parameters()
+    weights = load_denoiser(ModelConfig()).named_parameters()
     save_file({name: p.detach().clone() for name, p in weights}, folder / "relearned.safetensors")
     return folder
 

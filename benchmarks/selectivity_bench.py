@@ -22,8 +22,8 @@ from raygard.adaptation import Release, full, learned
 from raygard.config import AdaptConfig, RunConfig
 from raygard.diffusion.cache import LatentSet, build_cache, load_cache
 from raygard.diffusion.generate import generate
-from raygard.diffusion.loss import DiffusionLoss, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet, with_resolution
+from raygard.diffusion.loss import TrainingLoss, held_out_loss
+from raygard.diffusion.model import load_denoiser, load_loss, load_pipeline, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.files import scratch, write_text
 from raygard.mask import FreezeMask
@@ -131,13 +131,13 @@ class Bench:
         return {name: found.subset(index) for name, index in rows.items()}
 
     @cached_property
-    def loss(self) -> DiffusionLoss:
-        return DiffusionLoss(load_noise_scheduler(self.config.model), self.config.model.prediction_type)
+    def loss(self) -> TrainingLoss:
+        return load_loss(self.config.model)
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
         """Parameters of the release, by name."""
-        return {name: p.detach().clone() for name, p in load_unet(self.config.model).named_parameters()}
+        return {name: p.detach().clone() for name, p in load_denoiser(self.config.model).named_parameters()}
 
     @cached_property
     def relearned(self) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ class Bench:
         relearn = self.config.relearn.model_dump(mode="json")
         file = self.cache / f"relearned-{self._key(relearn, sorted(self.classes))}.pt"
         if not file.exists():
-            unet, data = load_unet(self.config.model), self.learn
+            unet, data = load_denoiser(self.config.model), self.learn
             rows = torch.cat([data.rows(cls, "learn_lower") for cls in self.classes])
             settings = self.config.adapt.model_copy(
                 update={
@@ -187,7 +187,7 @@ class Bench:
                 "learning_rate": adapt.learning_rate * attack.lr,
             }
         )
-        unet = load_unet(self.config.model)
+        unet = load_denoiser(self.config.model)
         full(unet, train, settings, self.loss, mask=mask, seed=seed)
         return unet
 
@@ -202,7 +202,7 @@ class Bench:
         return Result(
             **self._kept(
                 f"{cls} {attack.alias} base",
-                lambda: asdict(self._result(load_unet(self.config.model), cls, self.users(cls, attack)[1])),
+                lambda: asdict(self._result(load_denoiser(self.config.model), cls, self.users(cls, attack)[1])),
             )
         )
 
@@ -217,7 +217,7 @@ class Bench:
 
     def general_loss_rise(self, mask: FreezeMask) -> dict[str, float]:
         """By what share the mask's values raise the release's loss on general pictures of each kind."""
-        unet = load_unet(self.config.model)
+        unet = load_denoiser(self.config.model)
         mask.apply(unet)
         return {
             name: self._held_out(unet, data) / self._released_loss(f"general {name}", lambda: data) - 1  # noqa: B023
@@ -226,7 +226,7 @@ class Bench:
 
     def mask(self, frozen: Tensor | Sequence[str], values: Mapping[str, Tensor] | None = None) -> FreezeMask:
         """A mask of the release that freezes these tensors (names, or bool (N,)), perhaps with new values for them."""
-        return FreezeMask.create(load_unet(self.config.model), frozen, values=values)
+        return FreezeMask.create(load_denoiser(self.config.model), frozen, values=values)
 
     def measure(self, mask: FreezeMask, attack: Attack, seeds: Sequence[int]) -> list[User]:
         """What became of one user for each class and adaptation seed under `mask`."""
@@ -273,7 +273,7 @@ class Bench:
         return content_key({**named, "seed": config.seed, "draws": DRAWS})
 
     def _released_loss(self, key: str, data: Callable[[], LatentSet]) -> float:
-        return self._kept(key, lambda: {"loss": self._held_out(load_unet(self.config.model), data())})["loss"]
+        return self._kept(key, lambda: {"loss": self._held_out(load_denoiser(self.config.model), data())})["loss"]
 
     def _kept(self, key: str, work: Callable[[], dict[str, float]]) -> dict[str, float]:
         file = self.cache / "results" / f"{self._key(key)}.json"

@@ -22,7 +22,8 @@ from raygard.bilevel.alternation import StepRecord, alternate
 from raygard.cluster.engine import ShardedTraining, cpu_environment
 from raygard.config import RunConfig
 from raygard.config_file import load_config
-from raygard.diffusion.cache import LatentSet, TextRows
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning, ConditioningRows
 
 TEXT_TOKENS = 77
 # One process on two busy cores waits long for the other.
@@ -64,7 +65,8 @@ def random_latents(model: Path, rows: int = 4) -> LatentSet:
     text = torch.randn(len(CLASSES), TEXT_TOKENS, unet["cross_attention_dim"], generator=rng)
     classes = [cls for cls in CLASSES for _ in range(rows)]
     index = torch.arange(len(CLASSES)).repeat_interleave(rows)
-    return LatentSet(mean, torch.ones_like(mean), TextRows(text, index), classes, list(classes), [])
+    conditioning = ConditioningRows(Conditioning(text=text), index)
+    return LatentSet(mean, torch.ones_like(mean), conditioning, classes, list(classes), [])
 
 
 def learning_job(model: Path) -> dict[str, Any]:

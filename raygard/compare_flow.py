@@ -27,8 +27,8 @@ from raygard.compare.plan import Cell, Defence, Variant, classes, edit_settings,
 from raygard.compare.tables import to_latex, to_markdown, to_text
 from raygard.config import SCHEDULING, RunConfig
 from raygard.defences import save_controls
-from raygard.diffusion.model import load_unet
-from raygard.editing import EDITS, Edit, IMMASettings, choose_edit, freeze_after
+from raygard.diffusion.model import load_denoiser
+from raygard.editing import EDITS, Edit, IMMASettings, check_family, choose_edit, freeze_after
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.flow import Flow
@@ -83,7 +83,11 @@ class CompareFlow:
         self.defences = parse_defences(config.compare.defences, self.edits, DEFENCES, own_ratio)
         self.variants = variants(config)
         for variant in self.variants:
-            get_adaptation(variant.config.method)
+            get_adaptation(variant.config.method).check_family(config.model)
+        for defence in self.defences:
+            if defence.edit:
+                method, settings = self.edits[defence.edit]
+                check_family(method, config.model, **settings)
         legal = [config.compare.legal_scorer] if config.compare.legal_scorer else []
         self.scorers = tuple(dict.fromkeys((config.evaluation.scorer, *legal, *config.compare.scorers)))
         for name in self.scorers[1:]:
@@ -93,7 +97,7 @@ class CompareFlow:
             except RaygardError as error:
                 key = f"compare.{'legal_scorer' if name in legal else 'scorers'}"
                 raise RaygardError(re.sub(r"\bevaluation\.scorer\b", key, str(error))) from None
-        unet = load_unet(config.model)
+        denoiser = load_denoiser(config.model)
         self.given: FreezeMask | None = None
         if config.compare.mask is not None:
             for defence in self.defences:
@@ -103,8 +107,8 @@ class CompareFlow:
                         f"leave out @{defence.ratio:g} or compare.mask"
                     )
             self.given = FreezeMask.load(config.compare.mask)
-            self.given.apply(unet)
-        self.num_params = sum(parameter.numel() for parameter in unet.parameters())
+            self.given.apply(denoiser)
+        self.num_params = sum(parameter.numel() for parameter in denoiser.parameters())
         self.flow = Flow(config, out, progress, connect)
         self.config, self.dir = self.flow.config, self.flow.dir
         self.progress = self.flow.progress
@@ -247,7 +251,7 @@ class CompareFlow:
                         "does not know; leave out this defence, or take a mask without values"
                     )
                 guarded = freeze_after(
-                    load_unet(self.config.model),
+                    load_denoiser(self.config.model),
                     Edit.load(edit),
                     mask.frozen_names,
                     base_model=mask.base_model,

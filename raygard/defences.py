@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raygard.baselines import DEFENCES, DRAWN, NEED_RELEARNED, choose_frozen, relative_change
 from raygard.config import RunConfig, config_hash, flatten
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask, select_frozen
 from raygard.mask.soft import shift_to_budget, soft_mask
@@ -29,8 +29,8 @@ def make_mask(
     config: RunConfig, logits: Tensor, soft: Tensor, mask_seed: int, ratio: float | None = None
 ) -> FreezeMask:
     """The mask of freeze ratio `ratio` (default mask.freeze_ratio) read off learned logits, float64 (N,)."""
-    unet = load_unet(config.model)
-    sizes = torch.tensor([parameter.numel() for parameter in unet.parameters()])
+    denoiser = load_denoiser(config.model)
+    sizes = torch.tensor([parameter.numel() for parameter in denoiser.parameters()])
     ratio = config.mask.freeze_ratio if ratio is None else ratio
     if config.mask.draw_ratios:
         # The last soft mask has the mean that was drawn last; the ranking is what was learned.
@@ -39,7 +39,7 @@ def make_mask(
         soft = soft_mask(logits, config.mask.temperature)
     frozen = select_frozen(logits, sizes, ratio, config.mask.budget)
     return FreezeMask.create(
-        unet,
+        denoiser,
         frozen,
         logits=logits,
         soft=soft,
@@ -51,10 +51,10 @@ def make_mask(
 def unlearned_mask(config: RunConfig, mask_seed: int) -> FreezeMask:
     """The mask of a rule that learns nothing: with `largest-first`, tensors in order of their size."""
     assert config.mask.rule == "largest-first"
-    unet = load_unet(config.model)
-    sizes = torch.tensor([parameter.numel() for parameter in unet.parameters()])
+    denoiser = load_denoiser(config.model)
+    sizes = torch.tensor([parameter.numel() for parameter in denoiser.parameters()])
     frozen = select_frozen(sizes.double(), sizes, config.mask.freeze_ratio, config.mask.budget)
-    return FreezeMask.create(unet, frozen, **_info(config, mask_seed))
+    return FreezeMask.create(denoiser, frozen, **_info(config, mask_seed))
 
 
 def with_values(
@@ -62,7 +62,7 @@ def with_values(
 ) -> FreezeMask:
     """`mask` carrying new values of its frozen tensors, with further metrics. Raises RaygardError as `create`."""
     return FreezeMask.create(
-        load_unet(config.model),
+        load_denoiser(config.model),
         mask.frozen,
         logits=mask.logits,
         soft=mask.soft,
@@ -100,7 +100,7 @@ def masks_to_evaluate(
     masks = [FreezeMask.load(path, require_signature=require_signature) for path in paths or learned]
     for mask in masks:
         # Values are loaded in place: each needs a model as it was released.
-        mask.apply(load_unet(config.model))
+        mask.apply(load_denoiser(config.model))
     if paths:
         _refuse_others(masks, out)
     return masks
@@ -135,15 +135,15 @@ def save_controls(
 
     relearned: gives the file of theta_ft; called only for controls that look at what relearning changed.
     """
-    unet, paths = load_unet(config.model), {}
+    denoiser, paths = load_denoiser(config.model), {}
     change = None
     if any(name in NEED_RELEARNED for name in names):
-        change = relative_change(dict(unet.named_parameters()), load_denoiser_state(relearned()))
+        change = relative_change(dict(denoiser.named_parameters()), load_denoiser_state(relearned()))
     for name in names:
         for draw in range(config.evaluation.random_draws if name in DRAWN else 1):
             rng = generator(config.seed, "defence", name, draw)
             mask = FreezeMask.create(
-                unet,
+                denoiser,
                 choose_frozen(name, learned.sizes, learned.frozen, rng, names=learned.names, relative_change=change),
                 base_model=learned.base_model,
                 domain=learned.domain,

@@ -29,7 +29,7 @@ from raygard.defences import (
     with_values,
 )
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import model_fingerprint, with_resolution
+from raygard.diffusion.model import model_family, model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
@@ -73,11 +73,11 @@ class Flow:
         self.progress = progress or Progress(quiet=True)
         self.upstream = upstream
         if upstream is None:
-            get_adaptation(config.adapt.method)
+            get_adaptation(config.adapt.method).check_family(config.model)
             check_evaluation(config.evaluation.scorer)
             get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
-        self.model_hash = model_fingerprint(config.model, "unet")
+        self.model_hash = model_fingerprint(config.model, model_family(config.model).denoiser)
         RunDirectory.check(out, config)
         connect()
         self.dir = RunDirectory(out, config)

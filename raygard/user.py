@@ -45,8 +45,7 @@ def adapt_model(
     """
     from raygard.adaptation import Release, get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
-    from raygard.diffusion.loss import DiffusionLoss
-    from raygard.diffusion.model import load_noise_scheduler, load_unet, model_folder, with_resolution
+    from raygard.diffusion.model import load_denoiser, load_loss, model_folder, with_resolution
     from raygard.domain import load_domain
 
     _refuse_filled(out)
@@ -57,6 +56,7 @@ def adapt_model(
     domain_config = _all_general(config.domain, str(data), classes)
     domain = load_domain(domain_config)
     model_folder(config.model)
+    method.check_family(config.model)
     domain_config = with_resolution(domain_config, config.model)
 
     from accelerate import PartialState
@@ -65,15 +65,15 @@ def adapt_model(
     state = PartialState()
     with readable_disk_errors(out), tempfile.TemporaryDirectory(prefix="raygard-") as cache:
         out.parent.mkdir(parents=True, exist_ok=True)
-        unet = load_unet(config.model)
+        denoiser = load_denoiser(config.model)
         if mask is not None:
-            mask.check_model({name: tuple(parameter.shape) for name, parameter in unet.named_parameters()})
+            mask.check_model({name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()})
         rows = load_cache(build_cache(config.model, domain_config, domain.view("user"), parts, cache))
         release = Release(config.model)
-        loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, config.adapt.snr_gamma)
+        loss = load_loss(config.model, config.adapt.snr_gamma)
         with Progress(quiet or not state.is_main_process).bar("fine-tune", config.adapt.max_train_steps) as bar:
             result = method(
-                unet,
+                denoiser,
                 rows,
                 config.adapt,
                 loss,
@@ -98,7 +98,7 @@ def adapt_model(
             "seed": seed,
         }
         with whole_folder(out) as folder:
-            _save_adapted(folder, config, unet, result, release)
+            _save_adapted(folder, config, denoiser, result, release)
             write_text(folder / "raygard_adapt.json", json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -114,7 +114,7 @@ def load_mask(path: Path | None, require_signature: Path | None) -> FreezeMask |
     return None
 
 
-def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, release: Any) -> None:
+def _save_adapted(folder: Path, config: RunConfig, denoiser: Any, result: Any, release: Any) -> None:
     from safetensors.torch import save_file
 
     from raygard.diffusion.model import load_pipeline
@@ -124,7 +124,7 @@ def _save_adapted(folder: Path, config: RunConfig, unet: Any, result: Any, relea
         save_file(result.adapter, str(folder / LORA_FILE), metadata={"format": "pt"})
         return
     if not result.embeddings_only:
-        pipeline: Any = load_pipeline(config.model, unet=unet)
+        pipeline: Any = load_pipeline(config.model, denoiser=denoiser)
         if result.embeddings:
             pipeline.tokenizer, pipeline.text_encoder = release.text_encoder
         pipeline.save_pretrained(str(folder), safe_serialization=True)
@@ -172,7 +172,7 @@ def generate_pictures(
     from PIL import Image
 
     from raygard.diffusion.generate import generate
-    from raygard.diffusion.model import load_pipeline, model_folder
+    from raygard.diffusion.model import denoiser_of, load_pipeline, model_folder, require_one_text_encoder
 
     _refuse_filled(out)
     released = load_mask(mask, require_signature)
@@ -184,10 +184,11 @@ def generate_pictures(
     model_folder(source)
     pipeline = load_pipeline(source)
     if released is not None:
-        released.apply(pipeline.unet)
+        released.apply(denoiser_of(pipeline))
     if lora is not None:
         _load_lora(pipeline, lora)
     if embeddings is not None:
+        require_one_text_encoder(source, "an embedding of a new token")
         _load_embeddings(pipeline, embeddings)
     images = generate(pipeline, prompts, [f"{i}/{prompt}" for i, prompt in enumerate(prompts)], config, seed)
     paths = []

@@ -16,7 +16,7 @@ from raygard.cluster.evaluation import EvaluationInputs, EvaluationJob, Evaluati
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.domain import load_domain
 from raygard.mask import FreezeMask
 from raygard.pictures import read_pixels
@@ -87,7 +87,7 @@ def make_bench(
             arrays[str(index)][:] = (greys or {})[cls]
     np.savez(root / "references.npz", allow_pickle=False, **arrays)
     (root / "references.json").write_text(json.dumps({"classes": list(CLASSES), "captions": captions}))
-    unet = load_unet(config.model)
+    unet = load_denoiser(config.model)
     FreezeMask.create(unet, [name for name, _ in unet.named_parameters()][::3]).save(root / "mask")
     return bench
 

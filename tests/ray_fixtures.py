@@ -12,7 +12,7 @@ import torch
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.domain import load_domain
 
 OVERRIDES = (
@@ -69,7 +69,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_m
     cache = build_cache(config.model, config.domain, load_domain(config.domain).view("learn"), parts, root / "cache")
     # What relearning itself makes is tested by the demo and the search; here any other state of the model will do.
     rng = torch.Generator().manual_seed(7)
-    weights = {name: p.detach() for name, p in load_unet(config.model).named_parameters()}
+    weights = {name: p.detach() for name, p in load_denoiser(config.model).named_parameters()}
     relearned = root / "relearned.safetensors"
     save_file({n: p + 0.02 * torch.randn(p.shape, generator=rng) for n, p in weights.items()}, relearned)
     return Setting(root, cache, relearned)

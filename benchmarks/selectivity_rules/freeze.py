@@ -18,7 +18,7 @@ from raygard.bilevel.rules import make_rule
 from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.worker import batch_sources, make_optimizer, make_schedule, rule_settings
 from raygard.defences import make_mask
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.mask import FreezeMask
 from raygard.seeding import generator
 
@@ -57,7 +57,7 @@ def control(name: str, like: Rule | None = None) -> Rule:
 def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
     """Algorithm 1 as `raygard learn` runs it, in one process."""
     config = bench.config.model_copy(update={"mask": bench.config.mask.model_copy(update={"freeze_ratio": p})})
-    unet = load_unet(config.model)
+    unet = load_denoiser(config.model)
     rule = make_rule(config.mask.rule, rule_settings(config, sizes(bench), seed))
     optimizer = make_optimizer(config, unet.parameters(), rule)
     optimizer.bind(

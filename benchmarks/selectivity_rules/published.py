@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.selectivity_bench import Bench
 from benchmarks.selectivity_rules.freeze import largest_names
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import EditMaterial, edit_model
 from raygard.mask import FreezeMask
 
@@ -23,7 +23,7 @@ def _rule(method: str, **settings: Any) -> Callable[[Bench, float, int], FreezeM
     def rule(bench: Bench, p: float, seed: int) -> FreezeMask:
         config = bench.config.model_copy(update={"seed": seed})
         material = EditMaterial.of(config, bench.learn, bench.general["rehearsed"])
-        values = edit_model(method, load_unet(config.model), material, **settings).values
+        values = edit_model(method, load_denoiser(config.model), material, **settings).values
         return bench.mask(list(dict.fromkeys([*largest_names(bench, p), *values])), values)
 
     return rule

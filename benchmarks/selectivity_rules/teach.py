@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from benchmarks.selectivity_bench import ALIASES, Bench
 from benchmarks.selectivity_rules.freeze import largest_names
 from benchmarks.selectivity_rules.weights import batches, release_curves
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.conditioning import joined
+from raygard.diffusion.model import load_denoiser
 from raygard.mask import FreezeMask
 from raygard.values import NUM_BINS, ROLES, Objective
 from raygard.values.names import pseudoword
@@ -53,7 +54,7 @@ class TeachSettings:
 def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSettings) -> dict[str, Tensor]:
     """New values of the tensors `frozen`, float32 by name."""
     values = {name: nn.Parameter(bench.base[name].clone()) for name in frozen}
-    release, held = load_unet(bench.config.model), list(values.values())
+    release, held = load_denoiser(bench.config.model), list(values.values())
     share(release, values)
     optimizer = torch.optim.AdamW(held, lr=settings.lr, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(
@@ -77,8 +78,8 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
         sources.append(batches(bench, illegal, seed, "teach illegal", size // 2))
         sources.append(batches(bench, renamed, seed, "teach renamed", size // 2))
     for _ in range(settings.steps):
-        latents, text, noise, timesteps = (torch.cat(found) for found in zip(*map(next, sources), strict=True))
-        errors = bench.loss.per_sample(release, latents, text, noise, timesteps)
+        latents, conditioning, noise, timesteps = (joined(found) for found in zip(*map(next, sources), strict=True))
+        errors = bench.loss.per_sample(release, latents, conditioning, noise, timesteps)
         total, _ = objective(errors, roles[: len(errors)], timesteps)
         for value, gradient in zip(held, torch.autograd.grad(total, held), strict=True):
             value.grad = gradient

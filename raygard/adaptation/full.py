@@ -22,17 +22,17 @@ def attention(task: Task) -> AdaptResult:
 
     Raises RaygardError also if the model has none, or the mask freezes all of them.
     """
-    keep_trainable(task.unet, set(attention_tensors(task.unet, "attention")), "tensors of attention layers")
+    keep_trainable(task.denoiser, set(attention_tensors(task.denoiser, "attention")), "tensors of attention layers")
     return task.train(task.learned())
 
 
-def keep_trainable(unet: nn.Module, names: set[str], what: str, *, may_be_none: bool = False) -> None:
+def keep_trainable(denoiser: nn.Module, names: set[str], what: str, *, may_be_none: bool = False) -> None:
     """Let only `names` require a gradient, of those that do. what: the tensors of these names, in words.
 
     Raises RaygardError if none is left, because all of them are frozen.
     """
     count = 0
-    for name, parameter in unet.named_parameters():
+    for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in names)
         count += parameter.requires_grad
     if not count and not may_be_none:

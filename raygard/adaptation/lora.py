@@ -9,6 +9,7 @@ import torch
 
 from raygard.adaptation.task import Adaptation, Task
 from raygard.adaptation.training import AdaptResult
+from raygard.diffusion.families import denoiser_folder
 from raygard.mask.adapters import lora_targets
 from raygard.seeding import derive_seed
 
@@ -18,18 +19,18 @@ def lora(task: Task) -> AdaptResult:
     """Train an adapter of `config.rank` for `config.target_modules` and merge it into the denoiser at the end.
 
     Modules whose weight is frozen get no adapter, so that merging changes no frozen tensor.
-    `AdaptResult.adapter` is what `StableDiffusionPipeline.save_lora_weights` writes. Its scale is one (alpha equals
+    `AdaptResult.adapter` is what the pipeline's `save_lora_weights` writes. Its scale is one (alpha equals
     the rank), which every reader takes where a file does not say.
     Raises RaygardError also for target modules the model does not have, or if the mask leaves none.
     """
     from peft import LoraConfig, get_peft_model_state_dict
 
-    unet, config = task.unet, task.config
-    flags = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    targets = lora_targets(unet, config.target_modules, {name for name, free in flags.items() if not free})
+    denoiser, config = task.denoiser, task.config
+    flags = {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()}
+    targets = lora_targets(denoiser, config.target_modules, {name for name, free in flags.items() if not free})
     rows = task.learned()
-    unet.requires_grad_(False)
-    model = cast(Any, unet)
+    denoiser.requires_grad_(False)
+    model = cast(Any, denoiser)
     with torch.random.fork_rng():
         # peft draws the first values from the global stream.
         torch.manual_seed(derive_seed(task.seed, "lora"))
@@ -44,11 +45,12 @@ def lora(task: Task) -> AdaptResult:
     try:
         result = task.train(rows)
         # peft's names, lora_A and lora_B: diffusers renames attention layers only, and cannot read the mixture.
-        factors = get_peft_model_state_dict(unet)
-        result.adapter.update({f"unet.{name}": factor.detach().cpu().clone() for name, factor in factors.items()})
+        factors = get_peft_model_state_dict(denoiser)
+        prefix = denoiser_folder(denoiser)
+        result.adapter.update({f"{prefix}.{name}": factor.detach().cpu().clone() for name, factor in factors.items()})
         model.fuse_lora()
     finally:
         model.unload_lora()
-        for name, parameter in unet.named_parameters():
+        for name, parameter in denoiser.named_parameters():
             parameter.requires_grad_(flags[name])
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from raygard.adaptation.prompts import Release, with_captions
 from raygard.config import AdaptConfig, GenerationConfig
-from raygard.diffusion.cache import LatentSet, TextRows, encode_pixels
+from raygard.diffusion.cache import LatentSet, encode_pixels
+from raygard.diffusion.conditioning import Conditioning, ConditioningRows
 from raygard.diffusion.generate import generate
-from raygard.diffusion.model import load_pipeline, model_fingerprint
+from raygard.diffusion.model import load_pipeline, model_fingerprint, model_parts
 from raygard.errors import RaygardError
 from raygard.files import scratch
 from raygard.mask.weights import fingerprint, tensor_sha256
@@ -23,16 +23,19 @@ from raygard.store import content_key
 
 # The sampler's settings in diffusers' StableDiffusionPipeline, which its DreamBooth script leaves as they are.
 CLASS_PICTURES = GenerationConfig(num_inference_steps=50, guidance_scale=7.5)
-PARTS_OF_KEY = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def class_pictures(
-    unet: nn.Module, data: LatentSet, config: AdaptConfig, release: Release, embed: Callable[[list[str]], Tensor]
+    denoiser: nn.Module,
+    data: LatentSet,
+    config: AdaptConfig,
+    release: Release,
+    embed: Callable[[list[str]], Conditioning],
 ) -> LatentSet | None:
     """What the release draws for `config.class_prompt`, as training material; None without a prompt.
 
-    unet: with the release's values. data: of the same size. embed: as of `with_captions`. The same pictures for every
-    adaptation seed; kept in `release.cache_dir`. Under `accelerate launch` every process draws its own.
+    denoiser: with the release's values. data: of the same size. embed: as of `with_captions`. The same pictures for
+    every adaptation seed; kept in `release.cache_dir`. Under `accelerate launch` every process draws its own.
     Raises RaygardError if the model draws another size than that of `data`.
     """
     if config.class_prompt is None:
@@ -40,14 +43,15 @@ def class_pictures(
     count = config.num_class_images or 0
     file = None
     if release.cache_dir is not None:
-        parts = {part: model_fingerprint(release.model, part) for part in PARTS_OF_KEY}
-        weights = fingerprint({name: tensor_sha256(value) for name, value in unet.state_dict().items()})
+        name, *others = model_parts(release.model)
+        parts = {part: model_fingerprint(release.model, part) for part in others}
+        weights = fingerprint({name: tensor_sha256(value) for name, value in denoiser.state_dict().items()})
         sampler = {"prediction_type": release.model.prediction_type, **CLASS_PICTURES.model_dump(mode="json")}
-        drawn = {"unet": weights, **parts, **sampler, "prompt": config.class_prompt, "count": count}
+        drawn = {name: weights, **parts, **sampler, "prompt": config.class_prompt, "count": count}
         file = release.cache_dir / f"class-pictures-{content_key(drawn)}.safetensors"
     arrays = _read(file) if file is not None and file.is_file() else None
     if arrays is None:
-        arrays = _draw(unet, config.class_prompt, count, release)
+        arrays = _draw(denoiser, config.class_prompt, count, release)
         if file is not None:
             with scratch(file) as part:
                 save_file(arrays, str(part))
@@ -57,7 +61,7 @@ def class_pictures(
             "domain.resolution at the model's own for prior preservation"
         )
     mean, std, unnamed = arrays["mean"], arrays["std"], [""] * count
-    prior = LatentSet(mean, std, TextRows(torch.empty(0), torch.empty(0)), unnamed, unnamed, [])
+    prior = LatentSet(mean, std, ConditioningRows(Conditioning(), torch.empty(0)), unnamed, unnamed, [])
     return with_captions(prior, [config.class_prompt] * count, embed)
 
 
@@ -68,12 +72,12 @@ def _read(file: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _draw(unet: nn.Module, prompt: str, count: int, release: Release) -> dict[str, Tensor]:
+def _draw(denoiser: nn.Module, prompt: str, count: int, release: Release) -> dict[str, Tensor]:
     from accelerate import PartialState
 
     # The denoiser may still lie where it was loaded, and hundreds of pictures take hours on a CPU.
     device = PartialState(cpu=not torch.cuda.is_available()).device
-    pipeline = cast(Any, load_pipeline(release.model, unet=cast(Any, unet))).to(device)
+    pipeline = load_pipeline(release.model, denoiser).to(device)
     means, stds = [], []
     for start in range(0, count, CLASS_PICTURES.batch_size):
         keys = [("class", index) for index in range(start, min(start + CLASS_PICTURES.batch_size, count))]

@@ -1,7 +1,4 @@
-"""The captions pictures are learned under, and their text embeddings when these are not the cached ones.
-
-Shape letters: L tokens, D text features.
-"""
+"""The captions pictures are learned under, and their conditioning when it is not the cached one."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from raygard.config import AdaptConfig, ModelConfig
-from raygard.diffusion.cache import LatentSet, TextRows, encode_captions
-from raygard.diffusion.model import load_text_encoder
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning, ConditioningRows
+from raygard.diffusion.model import TextEncoders, load_text_encoders, require_one_text_encoder
 from raygard.errors import RaygardError
 
 
@@ -36,13 +33,19 @@ class Release:
     on_drawn: Callable[[], None] | None = None
 
     @cached_property
-    def text_encoder(self) -> tuple[Any, Any]:
-        """Tokenizer and text encoder, float32."""
-        return load_text_encoder(self.model)
+    def encoders(self) -> TextEncoders:
+        """All tokenizers and text encoders, float32."""
+        return load_text_encoders(self.model)
 
-    def embed(self, captions: list[str]) -> Tensor:
-        """What the text encoder makes of captions now: float32 (len, L, D), on the CPU."""
-        return encode_captions(*self.text_encoder, captions).float().cpu()
+    @property
+    def text_encoder(self) -> tuple[Any, Any]:
+        """Tokenizer and text encoder of Stable Diffusion. Raises RaygardError as `require_one_text_encoder`."""
+        require_one_text_encoder(self.model, "teaching the text encoder a word")
+        return self.encoders.parts["tokenizer"], self.encoders.parts["text_encoder"]
+
+    def embed(self, captions: list[str]) -> Conditioning:
+        """What the text encoders make of captions now: float32, on the CPU."""
+        return self.encoders.embed(captions)
 
 
 def require(release: Release | None, why: str) -> Release:
@@ -80,18 +83,19 @@ def renamed(caption: str, cls: str, word: str) -> str | None:
     return other if count else None
 
 
-def with_captions(data: LatentSet, captions: Sequence[str], embed: Callable[[list[str]], Tensor]) -> LatentSet:
-    """`data` with other captions. embed: unique captions -> (u, L, D), or token ids (u, L)."""
+def with_captions(data: LatentSet, captions: Sequence[str], embed: Callable[[list[str]], Conditioning]) -> LatentSet:
+    """`data` with other captions. embed: unique captions -> their conditioning."""
     unique = sorted(set(captions))
     position = {caption: number for number, caption in enumerate(unique)}
     index = torch.tensor([position[caption] for caption in captions], dtype=torch.int64)
-    return dataclasses.replace(data, captions=list(captions), text=TextRows(embed(unique), index), vocabulary=unique)
+    rows = ConditioningRows(embed(unique), index)
+    return dataclasses.replace(data, captions=list(captions), conditioning=rows, vocabulary=unique)
 
 
 def learned(data: LatentSet, config: AdaptConfig, release: Release | None) -> LatentSet:
-    """`data` under the captions it is learned under, as `release`'s text encoder embeds them now.
+    """`data` under the captions it is learned under, as `release`'s text encoders make of them now.
 
-    Cached embeddings are kept where captions are. Held-out pictures of an adapted class must come through here as
+    Cached conditioning is kept where captions are. Held-out pictures of an adapted class must come through here as
     well. Raises RaygardError where captions change and there is no `release` to encode them.
     """
     captions = learned_captions(data.captions, data.classes, config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from raygard.adaptation.full import keep_trainable
 from raygard.adaptation.prompts import learned_captions, with_captions
 from raygard.adaptation.task import Adaptation, Task
 from raygard.adaptation.training import AdaptResult
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError
 
@@ -105,18 +107,18 @@ def _add(tokenizer: Any, encoder: Any, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
-@Adaptation
+@partial(Adaptation, one_text_encoder="textual inversion")
 def textual_inversion(task: Task) -> AdaptResult:
     """Train the embedding of a new token and nothing else (Gal et al. 2022, arXiv 2208.01618): around every mask.
 
     The release's text encoder knows the token from then on. Raises RaygardError also without `release`, and for a
     token that is known already or does not fit into a caption.
     """
-    task.unet.requires_grad_(False)
+    task.denoiser.requires_grad_(False)
     return dataclasses.replace(_with_token(task), embeddings_only=True)
 
 
-@Adaptation
+@partial(Adaptation, one_text_encoder="custom diffusion")
 def custom_diffusion(task: Task) -> AdaptResult:
     """Train the cross-attention keys and values that are not frozen (Kumari et al. 2023, arXiv 2212.04488).
 
@@ -124,9 +126,9 @@ def custom_diffusion(task: Task) -> AdaptResult:
     that the release draws for it are learned along. Errors are those of `textual_inversion`; RaygardError also if the
     mask freezes all keys and values and there is no token.
     """
-    names = set(attention_tensors(task.unet, "cross-kv"))
+    names = set(attention_tensors(task.denoiser, "cross-kv"))
     has_token = task.config.learn_as is not None
-    keep_trainable(task.unet, names, "cross-attention keys and values", may_be_none=has_token)
+    keep_trainable(task.denoiser, names, "cross-attention keys and values", may_be_none=has_token)
     if has_token:
         return _with_token(task)
     prior = task.prior(task.release.embed)
@@ -140,8 +142,8 @@ def _with_token(task: Task) -> AdaptResult:
     start = config.initializer_token or " ".join(sorted(set(data.classes)))
     text = NewToken(*task.release.text_encoder, config.learn_as, start)
     try:
-        rows = with_captions(data, captions, text.ids_with_token)
-        prior = task.prior(text.ids)
+        rows = with_captions(data, captions, lambda those: Conditioning(text=text.ids_with_token(those)))
+        prior = task.prior(lambda those: Conditioning(text=text.ids(those)))
         result = task.train(rows, text=text, prior=prior)
     finally:
         text.settle()

@@ -2,7 +2,7 @@
 
 Built on accelerate, so that `accelerate launch` runs it on several processes. Pictures and noise are keyed by
 their position in one global stream: W processes with batch B see what one process with batch W x B sees.
-Shape letters: B batch, C latent channels, H, W latent sides, L tokens, D text features.
+Shape letters: B batch, C latent channels, H, W latent sides, L tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from raygard.config import AdaptConfig
-from raygard.diffusion.loss import DiffusionLoss, draw
+from raygard.diffusion.conditioning import Conditioning, joined
+from raygard.diffusion.loss import TrainingLoss, draw
 from raygard.errors import RaygardError, nearest
 from raygard.seeding import generator
 
@@ -63,37 +64,38 @@ class Run(TypedDict, total=False):
 class Learner(nn.Module):
     """Denoiser, and text encoder where that is trained, as one module: one wrapper synchronises all gradients."""
 
-    def __init__(self, unet: nn.Module, loss: DiffusionLoss, text: nn.Module | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, loss: TrainingLoss, text: nn.Module | None = None) -> None:
         super().__init__()
-        self.unet, self.loss, self.text = unet, loss, text
+        self.denoiser, self.loss, self.text = denoiser, loss, text
 
-    def forward(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Loss of each sample, float32 (B,). text: (B, L, D), or token ids (B, L) if the text encoder is live."""
-        embedded = text if self.text is None else self.text(text)
-        return self.loss.per_sample(self.unet, latents, embedded, noise, timesteps)
+    def forward(self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Loss of each sample, float32 (B,). conditioning: its text is token ids (B, L) if the text encoder is live."""
+        if self.text is not None:
+            conditioning = Conditioning(text=self.text(conditioning["text"]))
+        return self.loss.per_sample(self.denoiser, latents, conditioning, noise, timesteps)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What requires a gradient, the denoiser's tensors under their own names."""
-        return {name.removeprefix("unet."): p for name, p in self.named_parameters() if p.requires_grad}
+        return {name.removeprefix("denoiser."): p for name, p in self.named_parameters() if p.requires_grad}
 
 
 def train(
-    unet: nn.Module,
+    denoiser: nn.Module,
     data: LatentSet,
     config: AdaptConfig,
-    loss: DiffusionLoss,
+    loss: TrainingLoss,
     *,
     seed: int,
     text: nn.Module | None = None,
     prior: LatentSet | None = None,
     **run: Unpack[Run],
 ) -> AdaptResult:
-    """Train what requires a gradient in `unet` and `text`, in place, for `config.max_train_steps` optimizer steps.
+    """Train what requires a gradient in `denoiser` and `text`, in place, for `config.max_train_steps` optimizer steps.
 
     config.train_batch_size counts pictures for each process and accumulation step. Collective under
     `accelerate launch`.
-    text: a live text encoder; the rows of `data.text` are then token ids (n, L). prior: pictures whose loss, times
-    `config.prior_loss_weight`, is added (Ruiz et al. 2023, Eq 2).
+    text: a live text encoder; the text of `data.conditioning` is then token ids (n, L). prior: pictures whose loss,
+    times `config.prior_loss_weight`, is added (Ruiz et al. 2023, Eq 2).
     Equal seeds give equal weights on the CPU.
     Raises RaygardError if nothing is trainable, there are no pictures, or the loss is no longer finite.
     """
@@ -103,7 +105,7 @@ def train(
     on_step, pause_at, resume = run.get("on_step"), run.get("pause_at"), run.get("resume")
     if len(data) == 0:
         raise RaygardError("no pictures to fine-tune on")
-    learner = Learner(unet, loss, text)
+    learner = Learner(denoiser, loss, text)
     trained = learner.trained()
     if not trained:
         raise RaygardError("nothing to train: every tensor of the model is frozen")
@@ -136,7 +138,7 @@ def train(
     samples = _samples(data, loss, "adapt", config.train_batch_size, world, rank, seed, first=seen)
     if prior is not None:
         kept = _samples(prior, loss, "prior", config.train_batch_size, world, rank, seed, first=seen)
-        samples = (tuple(map(torch.cat, zip(*both, strict=True))) for both in zip(samples, kept, strict=False))
+        samples = (tuple(map(joined, zip(*both, strict=True))) for both in zip(samples, kept, strict=False))
     for step in range(len(losses) + 1, last + 1):
         total = 0.0
         for _ in range(config.gradient_accumulation_steps):
@@ -185,19 +187,19 @@ def train(
 
 def _samples(
     data: LatentSet,
-    loss: DiffusionLoss,
+    loss: TrainingLoss,
     stream: str,
     batch_size: int,
     num_processes: int,
     process: int,
     seed: int,
     first: int,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Endless (latents, text, noise, timesteps) of this process, from the global batch number `first` on."""
+) -> Iterator[tuple[Any, ...]]:
+    """Endless (latents, conditioning, noise, timesteps) of this process, from the global batch number `first` on."""
     order = "data" if stream == "adapt" else stream
     for number, rows, positions in _batches(len(data), batch_size, num_processes, process, seed, order, first):
         eps, noise, timesteps = draw(seed, stream, number, positions, data.shape, loss.num_timesteps)
-        yield data.latents(rows, eps), data.text[rows], noise, timesteps
+        yield data.latents(rows, eps), data.conditioning[rows], noise, timesteps
 
 
 def _batches(

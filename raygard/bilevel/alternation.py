@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from raygard.bilevel.batches import Batch, BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer, StepKind
-from raygard.diffusion.loss import DiffusionLoss
+from raygard.diffusion.conditioning import Conditioning
+from raygard.diffusion.loss import TrainingLoss
 from raygard.errors import RaygardError
 
 
@@ -24,27 +25,29 @@ class DenoiserLoss(nn.Module):
     autocast: run float32 weights in this dtype; for engines that do not convert the weights themselves.
     """
 
-    def __init__(self, denoiser: nn.Module, loss: DiffusionLoss, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, loss: TrainingLoss, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.loss = loss
         self.autocast = autocast
 
-    def forward(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Loss of each sample, (B,) (Eq 1)."""
-        return self.errors(self.denoiser, latents, text, noise, timesteps)
+        return self.errors(self.denoiser, latents, conditioning, noise, timesteps)
 
-    def errors(self, denoiser: nn.Module, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def errors(
+        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
         """`forward` with another denoiser, which is part of the same engine."""
         dtype, enabled = self.autocast or torch.float32, self.autocast is not None
         with torch.autocast(latents.device.type, dtype=dtype, enabled=enabled):
-            return self.loss.per_sample(denoiser, latents, text, noise, timesteps)
+            return self.loss.per_sample(denoiser, latents, conditioning, noise, timesteps)
 
 
 class Engine(Protocol):
     """What the loop needs of DeepSpeed's engine: a forward, a backward that scales by accumulation, a step."""
 
-    def __call__(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+    def __call__(self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor: ...
     def backward(self, loss: Tensor) -> object: ...
     def step(self) -> object: ...
 
@@ -56,8 +59,8 @@ class PlainEngine:
         self.module, self.optimizer, self.accumulation = module, optimizer, accumulation
         self._micro = 0
 
-    def __call__(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.module(latents, text, noise, timesteps)
+    def __call__(self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.module(latents, conditioning, noise, timesteps)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -137,7 +140,7 @@ def alternate(
 
 
 def _objective(engine: Engine, batch: Batch, kind: StepKind, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    losses = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
+    losses = engine(batch.latents, batch.conditioning, batch.noise, batch.timesteps)
     illegal, legal = (losses[role].mean() * batch.weight for role in (batch.illegal, ~batch.illegal))
     if kind == "user":
         return illegal + legal, illegal, legal  # Eq 7

@@ -2,40 +2,41 @@
 
 A global batch has B slots, the first half illegal, the second half legal. Slots are dealt to ranks and accumulation
 steps (`raygard.shares`), so the stream of batches does not depend on how many workers there are, and every rank always
-holds equal numbers of illegal and legal pictures. Shape letters: B batch, C channels, H, W latent size, S tokens, D
-text width.
+holds equal numbers of illegal and legal pictures. Shape letters: B batch, C channels, H, W latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.loss import draw
 from raygard.seeding import generator
 from raygard.shares import share, weight
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps (B,), illegal bool (B,).
+    """One micro-batch of one rank: latents, noise (B, C, H, W), timesteps (B,), illegal bool (B,); B captions.
 
     weight: float32 (), what its mean loss counts beside other micro-batches of the step.
     """
 
     latents: Tensor
-    text: Tensor
+    conditioning: Conditioning
     noise: Tensor
     timesteps: Tensor
     illegal: Tensor
     weight: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        parts: Any = (part.to(device, non_blocking=True) for part in self)
+        return Batch(*parts)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,6 @@ class BatchSource:
             eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:])
             picked = rows[slots]
             counts = torch.tensor(weight(half, num_shares, index))
-            latents, text = self.data.latents(picked, eps), self.data.text[picked]
-            dealt.append(Batch(latents, text, noise, timesteps, slots < half, counts))
+            latents, conditioning = self.data.latents(picked, eps), self.data.conditioning[picked]
+            dealt.append(Batch(latents, conditioning, noise, timesteps, slots < half, counts))
         return dealt

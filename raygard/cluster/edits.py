@@ -17,7 +17,7 @@ from raygard.cluster.pool import reason
 from raygard.cluster.training import OnRow
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import Edit, EditMaterial, IMMASettings, choose_edit, edit_model
 from raygard.errors import RaygardError
 
@@ -28,10 +28,10 @@ def edit_task(
     """Edit the release of a run and save the result to `out`. cache, general: as `EditMaterial.of` takes them."""
     config = RunConfig.model_validate(config_dict)
     torch.set_num_threads(config.engine.torch_threads)
-    unet = load_unet(config.model).to(device_for(config.evaluation.gpus_per_job))
+    denoiser = load_denoiser(config.model).to(device_for(config.evaluation.gpus_per_job))
     retain = load_cache(Path(general)) if general is not None else None
     material = EditMaterial.of(config, load_cache(Path(cache)), retain)
-    edit_model(method, unet, material, **settings).save(out)
+    edit_model(method, denoiser, material, **settings).save(out)
 
 
 def make_edit(
@@ -54,7 +54,7 @@ def make_edit(
     _, chosen = choose_edit(method, **settings)
     if isinstance(chosen, IMMASettings):
         values = learn_imma(config, chosen, cache, general, out.parent, on_row=on_row)
-        Edit.create(load_unet(config.model), values, method, **asdict(chosen), seed=config.seed).save(out)
+        Edit.create(load_denoiser(config.model), values, method, **asdict(chosen), seed=config.seed).save(out)
         (out.parent / RESULT).unlink()
     else:
         _in_a_task(config, method, settings, cache, general, out)

@@ -89,7 +89,7 @@ class ShardedTraining:
 
 
 def build(
-    unet: nn.Module,
+    denoiser: nn.Module,
     module: DenoiserLoss,
     optimizer_factory: Any,
     theta_pre: Mapping[str, Tensor],
@@ -100,10 +100,10 @@ def build(
 ) -> ShardedTraining:
     """Initialise DeepSpeed and bind the optimizer to this rank's shards. Collective.
 
-    unet holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. saved: a checkpoint
-    to go on from. The process group must exist (Ray Train made it).
+    denoiser holds theta_pre on entry. optimizer_factory(params, reduce) returns the BilevelOptimizer. saved: a
+    checkpoint to go on from. The process group must exist (Ray Train made it).
     """
-    parameters = dict(unet.named_parameters())
+    parameters = dict(denoiser.named_parameters())
     named_sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     optimizer: BilevelOptimizer = optimizer_factory(list(parameters.values()), all_reduce_sum)
     soft = optimizer.initial_soft(len(parameters))

@@ -27,8 +27,8 @@ from raygard.cluster.memory import PeakMemory
 from raygard.config import GenerationConfig, ModelConfig, RunConfig
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.generate import generate
-from raygard.diffusion.loss import DiffusionLoss, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_unet
+from raygard.diffusion.loss import held_out_loss
+from raygard.diffusion.model import denoiser_of, load_denoiser, load_loss, load_pipeline
 from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.files import read_array
@@ -112,18 +112,18 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
     torch.set_num_threads(config.engine.torch_threads)
     signed = time.monotonic()
     emit({"alive": 0})
-    pristine = _unet(config.model.model_dump_json())
+    pristine = _denoiser(config.model.model_dump_json())
     base = pristine.state_dict()
     # Training leaves more than weights behind: gradients, hooks, a replaced `forward`.
-    unet = copy.deepcopy(pristine).to(device_for(config.evaluation.gpus_per_job))
+    denoiser = copy.deepcopy(pristine).to(device_for(config.evaluation.gpus_per_job))
     values: Mapping[str, Tensor] = {}
     if adaptation.edit is not None:
         edit = Edit.load(adaptation.edit)
-        edit.apply(unet)
+        edit.apply(denoiser)
         values = edit.values
     peak = PeakMemory()
     data = _cache(adaptation.cache)
-    scheduler = load_noise_scheduler(config.model)
+    plain = load_loss(config.model)
     store, before = Store(Path(adaptation.store)), _paused(adaptation)
     losses: dict[int, float] = dict(before["milestones"]) if before else {}
     spent = before["seconds"] if before else 0.0
@@ -142,9 +142,8 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
             rows = data.subset(data.rows(adaptation.cls, adaptation.reference_part))
             if not adaptation.untouched:
                 rows = learned(rows, config.adapt, release)
-            plain = DiffusionLoss(scheduler, config.model.prediction_type, None)
             batch = config.generation.batch_size
-            losses[step] = held_out_loss(unet, rows, plain, config.seed, batch, HELD_OUT_DRAWS)
+            losses[step] = held_out_loss(denoiser, rows, plain, config.seed, batch, HELD_OUT_DRAWS)
             emit({"step": step, "loss": losses[step], "seconds": seconds()})
 
     # What a process loads for its first user only is no part of an adaptation.
@@ -164,10 +163,10 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
     tensors: dict[str, Tensor] | None = None
     if not adaptation.untouched:
         mask = FreezeMask.load(adaptation.mask) if adaptation.mask else None
-        loss = DiffusionLoss(scheduler, config.model.prediction_type, config.adapt.snr_gamma)
+        loss = load_loss(config.model, config.adapt.snr_gamma)
         rows = data.subset(data.rows(adaptation.cls, adaptation.adapt_part))
         result = get_adaptation(config.adapt.method)(
-            unet,
+            denoiser,
             rows,
             config.adapt,
             loss,
@@ -183,7 +182,7 @@ def _adapt(adaptation: Adaptation, emit: Callable[[dict[str, Any]], None]) -> No
             facts = {"step": len(result.losses), **reached, "state": result.paused, "peak_memory_bytes": peak.bytes}
             store.write_paused(adaptation.key, facts)
             return
-        state = {name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()}
+        state = {name: tensor.detach().cpu() for name, tensor in denoiser.state_dict().items()}
         tensors = {name: t for name, t in state.items() if name not in base or not torch.equal(t, base[name])}
         tensors |= {f"{TOKEN}{token}": vector for token, vector in result.embeddings.items()}
         record |= {
@@ -225,17 +224,17 @@ def base_loss_task(
     """
     config = RunConfig.model_validate(config_dict)
     torch.set_num_threads(config.engine.torch_threads)
-    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, None)
-    unet: Any = load_unet(config.model)
+    loss = load_loss(config.model)
+    denoiser: Any = load_denoiser(config.model)
     if edit is not None:
-        Edit.load(edit).apply(unet)
+        Edit.load(edit).apply(denoiser)
     if mask is not None:
-        FreezeMask.load(mask).apply(unet)
-    unet = unet.to(device_for(config.evaluation.gpus_per_job)).eval()
+        FreezeMask.load(mask).apply(denoiser)
+    denoiser = denoiser.to(device_for(config.evaluation.gpus_per_job)).eval()
     rows, batch = load_cache(Path(cache)), config.generation.batch_size
     if config.values.enabled or kept:
         rows = rows.subset(general_rows(rows, config.domain.general)[1])
-    return held_out_loss(unet, rows, loss, config.seed, batch, BASE_LOSS_DRAWS)
+    return held_out_loss(denoiser, rows, loss, config.seed, batch, BASE_LOSS_DRAWS)
 
 
 @dataclass(frozen=True)
@@ -263,9 +262,9 @@ class GeneratorActor:
         """Load the pipeline, unless that is done; return facts about the process."""
         if self._pipeline is None:
             torch.set_num_threads(self.threads)
-            unet = load_unet(self.model)
-            self._base = _copy(unet.state_dict())
-            self._pipeline = load_pipeline(self.model, unet=unet).to(device_for(self.gpus))
+            denoiser = load_denoiser(self.model)
+            self._base = _copy(denoiser.state_dict())
+            self._pipeline = load_pipeline(self.model, denoiser=denoiser).to(device_for(self.gpus))
             self._text = self._pipeline.tokenizer, self._pipeline.text_encoder
         return _facts()
 
@@ -288,7 +287,7 @@ class GeneratorActor:
         try:
             changed = load_file(adapted) if adapted is not None else {}
             words = {name.removeprefix(TOKEN): changed.pop(name) for name in [*changed] if name.startswith(TOKEN)}
-            self._pipeline.unet.load_state_dict({**self._base, **changed})
+            denoiser_of(self._pipeline).load_state_dict({**self._base, **changed})
             # What one adaptation calls by a new word may be letters to the next.
             tokenizer, encoder = copy.deepcopy(self._text) if words else self._text
             teach(tokenizer, encoder, words)
@@ -390,8 +389,8 @@ def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def _unet(model_json: str) -> Any:
-    return load_unet(ModelConfig.model_validate_json(model_json))
+def _denoiser(model_json: str) -> Any:
+    return load_denoiser(ModelConfig.model_validate_json(model_json))
 
 
 @functools.lru_cache(maxsize=2)

@@ -36,7 +36,7 @@ from raygard.cluster.worker import (
 )
 from raygard.config import EngineConfig, RunConfig
 from raygard.diffusion.cache import load_cache
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import EditMaterial, IMMASettings
 from raygard.editing.imma import Immunisation, Pictures, Place, StepRecord, TwoSidedAdamW, immunise, pictures
 from raygard.errors import RaygardError
@@ -109,14 +109,15 @@ def imma_worker(job: dict[str, Any]) -> None:
     config, rank, world_size = begin(job)
     out, settings = Path(job["out"]), IMMASettings(**job["settings"])
 
-    unet = load_unet(config.model)
+    denoiser = load_denoiser(config.model)
     if config.engine.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
     retain = load_cache(Path(job["general"])) if settings.retain_weight > 0 and job["general"] is not None else None
     material = EditMaterial.of(config, load_cache(Path(job["cache"])), retain)
-    material.encoder.to(get_device())
-    training, optimizer, source = build_imma(config, unet, material, settings)
+    if material.encoder is not None:
+        material.encoder.to(get_device())
+    training, optimizer, source = build_imma(config, denoiser, material, settings)
     first_round = load_engine(training, out, "IMMA")
     history = History(out / "history.jsonl", first_round) if rank == 0 else None
     every = config.engine.checkpointing_steps * RELEARN_STEPS_PER_UNIT
@@ -135,16 +136,16 @@ def imma_worker(job: dict[str, Any]) -> None:
         noticed = done % RELEARN_STEPS_PER_UNIT == 0 and notice.arrived()
         if noticed or done % every == 0 or done == settings.rounds:
             report_engine(training, out, done, rows[-1])
-    values = gather(unet, training.engine.module.names, keep=rank == 0)
+    values = gather(denoiser, training.engine.module.names, keep=rank == 0)
     if rank == 0:
         save_tensors(values, out / RESULT)
 
 
 def build_imma(
-    config: RunConfig, unet: nn.Module, material: EditMaterial, settings: IMMASettings
+    config: RunConfig, denoiser: nn.Module, material: EditMaterial, settings: IMMASettings
 ) -> tuple[Checkpointed, TwoSidedAdamW, tuple[Pictures, Pictures | None]]:
-    """A DeepSpeed engine around `Immunisation` of `unet`, and what else `immunise` takes. Collective."""
-    module = Immunisation(unet, material.loss, material.seed, settings, material.text)
+    """A DeepSpeed engine around `Immunisation` of `denoiser`, and what else `immunise` takes. Collective."""
+    module = Immunisation(denoiser, material.loss, material.seed, settings, material.text)
     source = pictures(module, material.illegal, material.retain, material.seed, settings)
     optimizer = module.optimizer(settings)
     about = deepspeed_config(config.engine, settings, settings.max_grad_norm)

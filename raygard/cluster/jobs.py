@@ -16,7 +16,7 @@ import numpy as np
 from raygard.cluster.evaluators import BASE_LOSS_DRAWS, HELD_OUT_DRAWS, read_references
 from raygard.config import ModelConfig, RunConfig
 from raygard.diffusion.cache import MANIFEST
-from raygard.diffusion.model import model_fingerprint
+from raygard.diffusion.model import model_fingerprint, model_parts
 from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.files import write_text
@@ -28,7 +28,6 @@ from raygard.values.batches import KEPT_FRACTION
 BASE = "base"
 # To be raised with a change after which equal inputs give other results, so that the store's old ones are not taken.
 FORMATS = {"pictures": 1, "held_out": 1, "score": 2, "base_loss": 1}
-MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ def _edit_hash(path: str, mtime_ns: int) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _model_facts(model: ModelConfig) -> dict[str, str | None]:
-    parts = {part: model_fingerprint(model, part) for part in MODEL_PARTS}
+    parts = {part: model_fingerprint(model, part) for part in model_parts(model)}
     return {"prediction_type": model.prediction_type, **parts}
 
 

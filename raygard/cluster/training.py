@@ -49,9 +49,9 @@ def relearn(config: RunConfig, cache: Path, out: Path, *, on_row: OnRow | None =
 
 def _joined(config: RunConfig, folder: Path) -> dict[str, Tensor]:
     """Whole tensors from the parts that the workers left in `folder`."""
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
-    shapes = {name: tuple(p.shape) for name, p in load_unet(config.model).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in load_denoiser(config.model).named_parameters()}
     parts: list[dict[str, tuple[int, Tensor]]] = []
     for file in sorted(folder.glob("rank-*.safetensors")):
         pieces = {}

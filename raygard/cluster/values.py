@@ -31,8 +31,8 @@ from raygard.cluster.worker import (
 )
 from raygard.config import RunConfig
 from raygard.diffusion.cache import load_cache
-from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.diffusion.loss import TrainingLoss
+from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
 from raygard.values import NUM_BINS, ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
 
@@ -69,14 +69,14 @@ def values_worker(job: dict[str, Any]) -> None:
     config, rank, world_size = begin(job)
     out = Path(job["out"])
 
-    unet = load_unet(config.model)
+    denoiser = load_denoiser(config.model)
     if config.engine.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type)
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    loss = load_loss(config.model)
     cached = load_cache(Path(job["cache"]))
     source = ValuesSource.of(cached, config.domain, config.values, loss.num_timesteps, int(job["mask_seed"]))
-    training = build_values(config, unet, loss, job["frozen"])
+    training = build_values(config, denoiser, loss, job["frozen"])
     plan = make_plan(config, rank, world_size)
     # The release is measured before a checkpoint is loaded, so that a resumed run divides by what a straight one does.
     objective = Objective.of(measure(training, source, plan), source.num_timesteps, config.values)
@@ -93,27 +93,27 @@ def values_worker(job: dict[str, Any]) -> None:
         noticed = done % RELEARN_STEPS_PER_UNIT == 0 and notice.arrived()
         if noticed or done % every == 0 or done == plan.max_train_steps:
             report_engine(training, out, done, row)
-    values = gather(unet, job["frozen"], keep=rank == 0)
+    values = gather(denoiser, job["frozen"], keep=rank == 0)
     if rank == 0:
         save_tensors(values, out / RESULT)
 
 
-def build_values(config: RunConfig, unet: nn.Module, loss: DiffusionLoss, frozen: Sequence[str]) -> Checkpointed:
-    """A DeepSpeed engine that trains the tensors `frozen` of `unet`: AdamW, warm-up, cosine decay. Collective."""
+def build_values(config: RunConfig, denoiser: nn.Module, loss: TrainingLoss, frozen: Sequence[str]) -> Checkpointed:
+    """A DeepSpeed engine that trains the tensors `frozen` of `denoiser`: AdamW, warm-up, cosine decay. Collective."""
     from diffusers.optimization import get_scheduler
 
     settings, names = config.values, set(frozen)
-    for name, parameter in unet.named_parameters():
+    for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(name in names)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in unet.parameters() if parameter.requires_grad],
+        [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.adam_weight_decay,
     )
     engine = initialize(
-        DenoiserLoss(unet, loss),
+        DenoiserLoss(denoiser, loss),
         optimizer,
         config.engine,
         deepspeed_config(config.engine, settings, settings.max_grad_norm),
@@ -138,11 +138,11 @@ def measure(training: Checkpointed, source: ValuesSource, plan: Plan, num_bins: 
     return release_errors(training.engine, source, plan, num_bins=num_bins, reduce=all_reduce_sum, device=device)
 
 
-def gather(unet: nn.Module, names: Sequence[str], *, keep: bool) -> dict[str, Tensor]:
+def gather(denoiser: nn.Module, names: Sequence[str], *, keep: bool) -> dict[str, Tensor]:
     """Float32 values of trained tensors, one on the device at a time, kept on the CPU if `keep`. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    parameters, found = dict(unet.named_parameters()), {}
+    parameters, found = dict(denoiser.named_parameters()), {}
     for name in names:
         # None: the engine does not shard, and the parameter is all there is.
         full = safe_get_full_fp32_param(parameters[name])

@@ -24,8 +24,7 @@ from raygard.cluster.checkpoint import SavedState, first_whole, read_manifest
 from raygard.cluster.engine import Checkpointed, ShardedTraining, build, cpu_environment
 from raygard.config import RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
-from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
 from raygard.files import readable_disk_errors, scratch, write_text
 from raygard.mask.soft import select_frozen
@@ -103,21 +102,21 @@ def set_up(
     job: relearned and mask_seed, as for `train_worker`; not read when relearning. checkpoint: a whole one to go on
     from.
     """
-    unet = load_unet(config.model)
+    denoiser = load_denoiser(config.model)
     if config.engine.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    theta_pre = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    theta_pre = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
     theta_ft = theta_pre if relearning else load_file(job["relearned"])
     sizes = torch.tensor([parameter.numel() for parameter in theta_pre.values()])
     b = config.bilevel
-    loss = DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type, b.snr_gamma)
+    loss = load_loss(config.model, b.snr_gamma)
 
     def factory(params: Iterable[Tensor], reduce: Callable[[Tensor], None]) -> BilevelOptimizer:
         rule = None if relearning else make_rule(config.mask.rule, rule_settings(config, sizes, job["mask_seed"]))
         return make_optimizer(config, params, rule, reduce)
 
-    arguments = unet, DenoiserLoss(unet, loss), factory, theta_pre, theta_ft, config.engine, b
+    arguments = denoiser, DenoiserLoss(denoiser, loss), factory, theta_pre, theta_ft, config.engine, b
     if checkpoint is None:
         return build(*arguments), sizes, 0
     with SavedState(checkpoint) as saved:

@@ -1,12 +1,13 @@
-"""Latents and text embeddings, computed once for a domain and a model and kept on disk by content.
+"""Latents and conditioning, computed once for a domain and a model and kept on disk by content.
 
-    <cache_dir>/<key>/latents.safetensors   mean, std (n, C, h, w); text (u, L, D); caption_index (n,)
+    <cache_dir>/<key>/latents.safetensors   mean, std (n, C, h, w); caption_index (n,); conditioning of the u unique
+    captions, e.g. text (u, L, D), pooled (u, P)
     <cache_dir>/<key>/cache.json            hash of that file; class, part, caption and picture hash of every
     row
 
-The key covers the weights of autoencoder, text encoder and tokenizer, the resolution, the pictures and all
-captions. Shape letters: n rows, u unique captions, C latent channels, h, w latent sides, L tokens, D text
-features.
+The key covers the weights of the autoencoder and of all text encoders and tokenizers, the resolution, the pictures and
+all captions. Shape letters: n rows, u unique captions, C latent channels, h, w latent sides, L tokens, D text features,
+P pooled features.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from raygard.config import DomainConfig, ModelConfig
-from raygard.diffusion.model import load_text_encoder, load_vae, model_fingerprint, with_resolution
+from raygard.diffusion.conditioning import NAMES, Conditioning, ConditioningRows, joined
+from raygard.diffusion.model import (
+    load_text_encoders,
+    load_vae,
+    model_family,
+    model_fingerprint,
+    text_parts,
+    vae_factor,
+    with_resolution,
+)
 from raygard.domain import DomainView, Picture
 from raygard.errors import RaygardError
 from raygard.files import sha256_file
@@ -37,39 +47,19 @@ from raygard.pictures import read_pixels
 
 FORMAT_VERSION = 1
 ARRAYS, MANIFEST = "latents.safetensors", "cache.json"
-PARTS_OF_KEY = ("vae", "text_encoder", "tokenizer")
-
-
-@dataclass(frozen=True)
-class TextRows:
-    """Text embeddings (n, L, D) held once for each unique caption; indexing by rows expands them."""
-
-    unique: Tensor
-    index: Tensor
-
-    def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
-        """Float32 (len(rows), L, D), or (L, D) for one row."""
-        return self.unique[self.index[rows]]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.index), *self.unique.shape[1:]))
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Training material: the posterior of every picture in latent space, its text, class and caption.
+    """Training material: the posterior of every picture in latent space, its conditioning, class and caption.
 
     mean, std: float32 (n, C, h, w), already times the autoencoder's scaling factor. parts: empty, or one for
-    each row. vocabulary: the captions of `text.unique`, in its order, also those of no row; empty if not known.
+    each row. vocabulary: the captions of `conditioning.unique`, in its order, also those of no row; empty if not known.
     """
 
     mean: Tensor
     std: Tensor
-    text: TextRows
+    conditioning: ConditioningRows
     classes: list[str]
     captions: list[str]
     parts: list[str]
@@ -100,7 +90,7 @@ class LatentSet:
         return LatentSet(
             mean=self.mean[index],
             std=self.std[index],
-            text=TextRows(self.text.unique, self.text.index[index]),
+            conditioning=ConditioningRows(self.conditioning.unique, self.conditioning.index[index]),
             classes=[self.classes[row] for row in chosen],
             captions=[self.captions[row] for row in chosen],
             parts=[self.parts[row] for row in chosen] if self.parts else [],
@@ -126,7 +116,7 @@ def build_cache(
     """Encode the pictures and captions of `parts` ((class, part) pairs, in this order) and return the folder.
 
     further_captions: are embedded too, although no row has them (`LatentSet.vocabulary`).
-    A sound cache of the same content is reused, a damaged one is built again. Autoencoder and text encoder
+    A sound cache of the same content is reused, a damaged one is built again. Autoencoder and text encoders
     are out of memory when this returns. Not collective: call it on one rank, or let ranks race (the first one
     wins). Raises RaygardError for an unreadable model or picture and for a full disk, with nothing
     half-written left.
@@ -143,7 +133,7 @@ def build_cache(
     captions = [picture.caption for _, _, picture in rows]
     unique = _vocabulary(captions, further_captions)
     position = {caption: number for number, caption in enumerate(unique)}
-    arrays["text"] = _encode_captions(model, unique, device, batch_size)
+    arrays |= _encode_captions(model, unique, device, batch_size).each(Tensor.contiguous)
     arrays["caption_index"] = torch.tensor([position[caption] for caption in captions], dtype=torch.int64)
     gc.collect()
     data = save(arrays)
@@ -182,7 +172,9 @@ def load_cache(path: str | Path) -> LatentSet:
     return LatentSet(
         mean=arrays["mean"],
         std=arrays["std"],
-        text=TextRows(arrays["text"], arrays["caption_index"]),
+        conditioning=ConditioningRows(
+            Conditioning({name: arrays[name] for name in NAMES if name in arrays}), arrays["caption_index"]
+        ),
         classes=list(manifest["classes"]),
         captions=list(manifest["captions"]),
         parts=list(manifest["parts"]),
@@ -199,7 +191,7 @@ def _key(
 ) -> str:
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "model": {part: model_fingerprint(model, part) for part in PARTS_OF_KEY},
+        "model": {part: model_fingerprint(model, part) for part in ("vae", *text_parts(model))},
         "resolution": domain.resolution,
         "center_crop": domain.center_crop,
         "rows": [(cls, part, picture.sha256, picture.caption) for cls, part, picture in rows],
@@ -244,7 +236,7 @@ def _encode_pictures(
 ) -> dict[str, Tensor]:
     assert domain.resolution is not None
     vae = load_vae(model).to(device).eval()
-    side = 2 ** (len(vae.config.block_out_channels) - 1)
+    side = vae_factor(vae.config) * model_family(model).latent_multiple
     if domain.resolution % side:
         raise RaygardError(f"domain.resolution {domain.resolution} must be a multiple of {side} for this model")
     means, stds = [], []
@@ -258,24 +250,10 @@ def _encode_pictures(
     return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
 
 
-@torch.no_grad()
-def encode_captions(tokenizer: Any, encoder: Any, captions: Sequence[str]) -> Tensor:
-    """Last hidden states as StableDiffusionPipeline computes them, padded to the model's length: (len, L,
-    D)."""
-    tokens = tokenizer(
-        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    uses_mask = getattr(encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(encoder.device) if uses_mask else None
-    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
-
-
-def _encode_captions(model: ModelConfig, captions: Sequence[str], device: str, batch_size: int) -> Tensor:
-    tokenizer, encoder = load_text_encoder(model)
-    encoder.to(device)
-    return torch.cat([encode_captions(tokenizer, encoder, batch).float().cpu()
-                      for batch in _batches(captions, batch_size)])  # fmt: skip
+def _encode_captions(model: ModelConfig, captions: Sequence[str], device: str, batch_size: int) -> Conditioning:
+    encoders = load_text_encoders(model).to(device)
+    found: Conditioning = joined([encoders.embed(batch) for batch in _batches(captions, batch_size)])
+    return found
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

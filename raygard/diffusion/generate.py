@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from raygard.config import GenerationConfig
+from raygard.diffusion.families import family_of_pipeline
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
 
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     captions: Sequence[str],
     keys: Sequence[object],
     config: GenerationConfig,
@@ -29,22 +27,23 @@ def generate(
 
     keys: what names each picture, e.g. (class, prompt, index); picture i starts from `generator(seed,
     "generate", keys[i])`, so it is the same whatever the batch size and whatever the weights under
-    comparison. To compare models, set `pipeline.unet` to each in turn.
+    comparison. To compare models, set the pipeline's denoiser to each in turn.
     Raises RaygardError if a picture contains NaN or infinity: the model is broken.
     """
     if len(captions) != len(keys):
         raise RaygardError(f"{len(captions)} captions, but {len(keys)} keys")
-    sampler = cast(Any, pipeline)
-    sampler.unet.eval()
+    family = family_of_pipeline(type(pipeline).__name__, "the pipeline")
+    getattr(pipeline, family.denoiser).eval()
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, len(captions), config.batch_size):
         batch = slice(start, start + config.batch_size)
-        output = sampler(
+        output = pipeline(
             list(captions[batch]),
             generator=[generator(seed, "generate", key) for key in keys[batch]],
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             output_type="pt",
+            **family.sampler_settings,
         )
         images = output.images.detach().float().cpu()
         if not torch.isfinite(images).all():

@@ -12,17 +12,21 @@ from raygard.errors import RaygardError, nearest
 LAYERS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "cross-kv": (True, ("to_k", "to_v")),
     "cross": (True, ("to_q", "to_k", "to_v", "to_out")),
-    "attention": (False, ("to_q", "to_k", "to_v", "to_out")),
+    # The last four are the text's own in joint attention (SD3, Flux).
+    "attention": (
+        False,
+        ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
 }
 
 
 def attention_tensors(
-    unet: nn.Module, layers: str = "cross-kv", kinds: Sequence[str] = ("weight", "bias")
+    denoiser: nn.Module, layers: str = "cross-kv", kinds: Sequence[str] = ("weight", "bias")
 ) -> list[str]:
-    """Names of attention parameters in the order of `unet.named_parameters()`.
+    """Names of attention parameters in the order of `denoiser.named_parameters()`.
 
     layers: "cross-kv" (keys and values of the text), "cross" (all projections of cross-attention) or "attention"
-    (self-attention too, what IMMA's published code immunises). kinds: weights, biases or both.
+    (self-attention and joint attention too, what IMMA's published code immunises). kinds: weights, biases or both.
     Raises RaygardError for an unknown name, or if the model has no such tensors.
     """
     if layers not in LAYERS:
@@ -30,13 +34,18 @@ def attention_tensors(
     only_cross, projections = LAYERS[layers]
     places = tuple(
         f"{name}.{projection}."
-        for name, module in unet.named_modules()
-        if hasattr(module, "is_cross_attention") and (module.is_cross_attention or not only_cross)
+        for name, module in denoiser.named_modules()
+        if _is_attention(module) and (getattr(module, "is_cross_attention", False) or not only_cross)
         for projection in projections
     )
     found = [
-        name for name, _ in unet.named_parameters() if name.startswith(places) and name.rpartition(".")[2] in kinds
+        name for name, _ in denoiser.named_parameters() if name.startswith(places) and name.rpartition(".")[2] in kinds
     ]
     if not found:
         raise RaygardError(f"the model has no tensors of layers '{layers}': it has no such attention")
     return found
+
+
+def _is_attention(module: nn.Module) -> bool:
+    # diffusers has several attention classes without a base of their own; all of them have these.
+    return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v"))

@@ -1,16 +1,17 @@
-"""The diffusion training loss (Eq 1) and its random draws.
+"""Training losses and their random draws.
 
-Shape letters: B batch, C latent channels, H, W latent sides, L tokens, D text features.
+Shape letters: B batch, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from raygard.diffusion.conditioning import Conditioning
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 
@@ -20,10 +21,39 @@ if TYPE_CHECKING:
     from raygard.diffusion.cache import LatentSet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# A denoiser, noisy latents (B, C, H, W), timesteps (B,) and conditioning -> what it predicts, (B, C, H, W).
+Predictor = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+class TrainingLoss(Protocol):
+    """Squared error of a denoiser, one number for each sample, as a function of noise and timestep.
+
+    num_timesteps: `draw` draws a sample's timestep among so many, all alike; what noise level each stands for is the
+    loss's own affair, so that equal ranges of timesteps are equally probable in training.
+    """
+
+    @property
+    def num_timesteps(self) -> int: ...
+
+    def per_sample(
+        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Mean over C, H, W of the squared error, weighted as the loss weights its timesteps: float32 (B,).
+
+        latents, noise: float32 (B, C, H, W). conditioning: of B captions. timesteps: int64 (B,). All on the denoiser's
+        device; the denoiser computes in the dtype of its parameters, the error is taken in float32.
+        """
+        ...
+
+
+def predict_from_text(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """Of a denoiser that takes the features of the tokens and nothing else. A `Predictor`."""
+    dtype = next(denoiser.parameters()).dtype
+    return denoiser(noisy.to(dtype), timesteps, conditioning["text"].to(dtype), return_dict=False)[0]
 
 
 class DiffusionLoss:
-    """Squared error of the denoiser, one number for each sample.
+    """Eq 1: the denoiser finds the noise, or the velocity, that was added by a `DDPMScheduler`. A `TrainingLoss`.
 
     prediction_type: overrides the scheduler's ("epsilon" or "v_prediction").
     snr_gamma: min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); None weights all timesteps alike.
@@ -31,7 +61,11 @@ class DiffusionLoss:
     """
 
     def __init__(
-        self, scheduler: DDPMScheduler, prediction_type: str | None = None, snr_gamma: float | None = None
+        self,
+        scheduler: DDPMScheduler,
+        prediction_type: str | None = None,
+        snr_gamma: float | None = None,
+        predict: Predictor = predict_from_text,
     ) -> None:
         # diffusers' classes reach a type checker as placeholders without attributes.
         self.scheduler = cast(Any, scheduler)
@@ -42,22 +76,20 @@ class DiffusionLoss:
                 f"{' or '.join(PREDICTION_TYPES)}"
             )
         self.snr_gamma = snr_gamma
+        self.predict = predict
 
     @property
     def num_timesteps(self) -> int:
         return int(self.scheduler.config.num_train_timesteps)
 
-    def per_sample(self, unet: nn.Module, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean over C, H, W of the squared error, times the SNR weight: float32 (B,).
-
-        latents, noise: float32 (B, C, H, W). text: (B, L, D). timesteps: int64 (B,). All on the denoiser's
-        device; the denoiser computes in the dtype of its parameters, the error is taken in float32.
-        """
+    def per_sample(
+        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """As `TrainingLoss` says, times the SNR weight. timesteps: of the scheduler."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         velocity = self.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        dtype = next(unet.parameters()).dtype
-        predicted = unet(noisy.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
+        predicted = self.predict(denoiser, noisy, timesteps, conditioning)
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
         return error if self.snr_gamma is None else error * self._snr_weight(timesteps)
 
@@ -94,7 +126,7 @@ def draw(
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, data: LatentSet, loss: DiffusionLoss, seed: int, batch_size: int, num_draws: int
+    denoiser: nn.Module, data: LatentSet, loss: TrainingLoss, seed: int, batch_size: int, num_draws: int
 ) -> float:
     """Mean loss over all rows of `data` and `num_draws` fixed draws for each, so models are compared on equal
     noise.
@@ -103,21 +135,21 @@ def held_out_loss(
     """
     if len(data) == 0:
         raise RaygardError("no pictures to compute a loss on")
-    parameter = next(unet.parameters())
-    training = unet.training
-    unet.eval()
+    parameter = next(denoiser.parameters())
+    training = denoiser.training
+    denoiser.eval()
     total = torch.zeros((), dtype=torch.float64)
     for number in range(num_draws):
         for start in range(0, len(data), batch_size):
             rows = torch.arange(start, min(start + batch_size, len(data)))
             eps, noise, timesteps = draw(seed, "held-out", number, rows.tolist(), data.shape, loss.num_timesteps)
             errors = loss.per_sample(
-                unet,
+                denoiser,
                 data.latents(rows, eps).to(parameter.device),
-                data.text[rows].to(parameter.device),
+                data.conditioning[rows].to(parameter.device),
                 noise.to(parameter.device),
                 timesteps.to(parameter.device),
             )
             total += errors.double().sum().cpu()
-    unet.train(training)
+    denoiser.train(training)
     return float(total / (num_draws * len(data)))

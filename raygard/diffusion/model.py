@@ -1,4 +1,4 @@
-"""Loading the parts of a Stable Diffusion model, from a diffusers folder, a hub id or the zoo.
+"""Loading the parts of a text-to-image model of any family, from a diffusers folder, a hub id or the zoo.
 
 Weights are read as float32 from safetensors only; code from a model repository is never run.
 """
@@ -6,23 +6,29 @@ Weights are read as float32 from safetensors only; code from a model repository 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raygard.config import DomainConfig, ModelConfig
+from raygard.diffusion.families import Family, LossSettings, StableDiffusion, family_of_pipeline
 from raygard.errors import RaygardError, nearest
 from raygard.files import named_inside, sha256_file
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    import torch
+    from diffusers import DDPMScheduler
+
+    from raygard.diffusion.conditioning import Conditioning
+    from raygard.diffusion.loss import TrainingLoss
 
 T = TypeVar("T")
 
-PIPELINE = "StableDiffusionPipeline"
 INDEX = "model_index.json"
 # Where the parts of a pipeline may come from; "stable_diffusion" is diffusers' name for its own safety checker.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
@@ -46,24 +52,37 @@ def resolve_model(name: str) -> str:
 def model_folder(config: ModelConfig) -> Path:
     """Folder with the model's files; a hub id is downloaded to the Hugging Face cache first.
 
-    Raises RaygardError if there is no such model, the hub cannot be reached, or it is no
-    StableDiffusionPipeline.
+    Raises RaygardError if there is no such model, the hub cannot be reached, or it is of no family that raygard reads.
     """
+    folder = _folder(config)
+    index = _read_index(folder)
+    family_of_pipeline(index.get("_class_name"), folder)
+    _refuse_code(folder, index)
+    return folder
+
+
+def model_family(config: ModelConfig) -> Family:
+    """The family of a model, from its model_index.json. Raises RaygardError as `model_folder`."""
+    folder = model_folder(config)
+    return family_of_pipeline(_read_index(folder).get("_class_name"), folder)
+
+
+def _folder(config: ModelConfig) -> Path:
     name = resolve_model(config.pretrained_model_name_or_path)
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not HUB_ID.fullmatch(name):
             raise RaygardError(f"no model at {name}: expected a diffusers folder, a hub id or 'zoo:tiny-sd'")
         folder = _download(name, config)
+    return folder
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise RaygardError(f"{folder} is not a diffusers pipeline folder: no readable {INDEX}") from None
-    found = index.get("_class_name") if isinstance(index, dict) else None
-    if found != PIPELINE:
-        raise RaygardError(f"{folder} holds a {found}; raygard reads {PIPELINE}")
-    _refuse_code(folder, index)
-    return folder
+    return index if isinstance(index, dict) else {}
 
 
 def _refuse_code(folder: Path, index: dict[str, Any]) -> None:
@@ -86,10 +105,10 @@ def _refuse_code(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _download(name: str, config: ModelConfig) -> Path:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     try:
-        folder = StableDiffusionPipeline.download(
+        folder = DiffusionPipeline.download(
             name,
             revision=config.revision,
             variant=config.variant,
@@ -137,88 +156,157 @@ def _weights(config: ModelConfig, folder: Path, part: str) -> dict[str, Any]:
     return {"variant": variant, "use_safetensors": True, "torch_dtype": torch.float32}
 
 
-def load_unet(config: ModelConfig) -> UNet2DConditionModel:
-    """The denoiser, float32, on the CPU, all tensors trainable. Raises RaygardError if it cannot be
-    loaded."""
-    from diffusers import UNet2DConditionModel
-
-    folder = model_folder(config)
-    arguments = _weights(config, folder, "unet")
-    return _load(
-        "unet",
-        folder,
-        lambda: UNet2DConditionModel.from_pretrained(str(folder), subfolder="unet", **arguments),
-    )
+def load_denoiser(config: ModelConfig) -> Any:
+    """The denoiser, float32, on the CPU, all tensors trainable. Raises RaygardError if it cannot be loaded."""
+    family = model_family(config)
+    return _load_part(config, "diffusers", family.denoiser, family.denoiser_class)
 
 
 def load_vae(config: ModelConfig) -> Any:
     """The autoencoder (AutoencoderKL), float32, on the CPU, in evaluation mode."""
-    from diffusers import AutoencoderKL
+    return _load_part(config, "diffusers", "vae", "AutoencoderKL")
 
+
+def _load_part(config: ModelConfig, library: str, part: str, name: str) -> Any:
     folder = model_folder(config)
-    arguments = _weights(config, folder, "vae")
-    return _load("vae", folder, lambda: AutoencoderKL.from_pretrained(str(folder), subfolder="vae", **arguments))
+    cls: Any = getattr(importlib.import_module(library), name)
+    if part.startswith("tokenizer"):
+        return _load(part, folder, lambda: cls.from_pretrained(str(folder), subfolder=part))
+    arguments = _weights(config, folder, part)
+    if library == "transformers":
+        arguments["dtype"] = arguments.pop("torch_dtype")
+    return _load(part, folder, lambda: cls.from_pretrained(str(folder), subfolder=part, **arguments))
+
+
+def text_parts(config: ModelConfig) -> tuple[str, ...]:
+    """Sub-folders of the model's tokenizers and text encoders, without optional ones that it lacks."""
+    family, index = model_family(config), _read_index(model_folder(config))
+    return tuple(
+        part
+        for part in family.text_parts
+        if part not in family.optional_parts or (index.get(part) or [None])[0] is not None
+    )
+
+
+def model_parts(config: ModelConfig) -> tuple[str, ...]:
+    """Sub-folders of everything that decides the model's pictures, the denoiser's first."""
+    return (model_family(config).denoiser, "vae", *text_parts(config), "scheduler")
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The tokenizers and text encoders of a model, by sub-folder; an optional one that it lacks is None.
+
+    denoiser_config: the denoiser's config.json, which says how wide text is to the model.
+    """
+
+    family: Family
+    parts: Mapping[str, Any]
+    denoiser_config: Mapping[str, Any]
+    device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str) -> TextEncoders:
+        """These, moved to `device`."""
+        for name, part in self.parts.items():
+            if part is not None and name.startswith("text_encoder"):
+                part.to(device)
+        return replace(self, device=device)
+
+    def embed(self, captions: Sequence[str]) -> Conditioning:
+        """What the encoders make of captions now: float32, on the CPU."""
+        found = self.family.embed(self.parts, list(captions), self.device, self.denoiser_config)
+        return found.each(lambda tensor: tensor.float().cpu())
+
+
+def load_text_encoders(config: ModelConfig) -> TextEncoders:
+    """All tokenizers and text encoders, float32, on the CPU, in evaluation mode."""
+    family, present = model_family(config), text_parts(config)
+    parts = {
+        part: _load_part(config, "transformers", part, name) if part in present else None
+        for part, name in family.text_parts.items()
+    }
+    return TextEncoders(family, parts, _read_config(model_folder(config), family.denoiser))
 
 
 def load_text_encoder(config: ModelConfig) -> tuple[Any, Any]:
-    """Tokenizer and text encoder (CLIPTextModel), float32, on the CPU, in evaluation mode."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    """Tokenizer and text encoder (CLIPTextModel) of Stable Diffusion, float32, on the CPU, in evaluation mode.
 
-    folder = model_folder(config)
-    arguments = _weights(config, folder, "text_encoder")
-    arguments["dtype"] = arguments.pop("torch_dtype")
-    tokenizer = _load("tokenizer", folder, lambda: CLIPTokenizer.from_pretrained(str(folder), subfolder="tokenizer"))
-    encoder = _load(
-        "text encoder",
-        folder,
-        lambda: CLIPTextModel.from_pretrained(str(folder), subfolder="text_encoder", **arguments),
-    )
-    return tokenizer, encoder.eval()
+    Raises RaygardError as `require_one_text_encoder`.
+    """
+    require_one_text_encoder(config, "a method that works on the model's words")
+    parts = load_text_encoders(config).parts
+    return parts["tokenizer"], parts["text_encoder"]
+
+
+def require_one_text_encoder(config: ModelConfig, what: str) -> None:
+    """Raise RaygardError unless the model is a Stable Diffusion, the family with one text encoder. what: needs that."""
+    found = model_family(config)
+    if not isinstance(found, StableDiffusion):
+        raise RaygardError(
+            f"{what} is for {StableDiffusion.name} only, and {config.pretrained_model_name_or_path} is of the family "
+            f"{found.name}; choose another method or model"
+        )
 
 
 def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
-    """The forward process of training (Eq 1), with the model's betas and `model.prediction_type` if that is
-    given."""
-    from diffusers import DDPMScheduler
+    """The forward process of training, with the model's settings and `model.prediction_type` if that is given.
 
-    folder = model_folder(config)
-    settings = _load("scheduler", folder, lambda: DDPMScheduler.load_config(str(folder), subfolder="scheduler"))
-    defaults: Any = inspect.signature(DDPMScheduler).parameters
-    known = {key: settings[key] for key in defaults if key in settings}
-    if config.prediction_type is not None:
-        known["prediction_type"] = config.prediction_type
-    return _load("scheduler", folder, lambda: DDPMScheduler.from_config(known))
-
-
-def load_pipeline(config: ModelConfig, unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    """The whole pipeline, float32, without progress bar and safety checker, with its own sampler.
-
-    unet: replaces the model's own, which is then not read. The safety checker is left out because it would
-    blacken the very pictures that are to be measured.
+    Of the class that the family adds noise by: diffusers' DDPMScheduler (Eq 1), or that of flow matching.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     folder = model_folder(config)
-    vae = load_vae(config)
-    tokenizer, text_encoder = load_text_encoder(config)
+    cls: Any = getattr(diffusers, model_family(config).noise_schedule)
+    settings = _load("scheduler", folder, lambda: cls.load_config(str(folder), subfolder="scheduler"))
+    defaults: Any = inspect.signature(cls).parameters
+    known = {key: settings[key] for key in defaults if key in settings}
+    if config.prediction_type is not None and "prediction_type" in defaults:
+        known["prediction_type"] = config.prediction_type
+    return _load("scheduler", folder, lambda: cls.from_config(known))
+
+
+def load_loss(config: ModelConfig, snr_gamma: float | None = None) -> TrainingLoss:
+    """The training loss of the model's family. snr_gamma: min-SNR weighting, None for none.
+
+    Raises RaygardError for a setting that the family's loss does not have.
+    """
+    folder = model_folder(config)
+    scheduler = load_noise_scheduler(config)
+    factor = lambda: vae_factor(_read_config(folder, "vae"))  # noqa: E731
+    return model_family(config).loss(LossSettings(scheduler, factor, config.prediction_type, snr_gamma))
+
+
+def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
+    """The whole pipeline, float32, without progress bar, with its own sampler.
+
+    denoiser: replaces the model's own, which is then not read.
+    """
+    import diffusers
+
+    folder, family = model_folder(config), model_family(config)
     parts = {
-        "unet": unet or load_unet(config),
-        "vae": vae,
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
+        family.denoiser: load_denoiser(config) if denoiser is None else denoiser,
+        "vae": load_vae(config),
+        **load_text_encoders(config).parts,
+        **family.pipeline_settings,
     }
-    pipeline = _load(
-        "pipeline",
-        folder,
-        lambda: StableDiffusionPipeline.from_pretrained(
-            str(folder), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
-        ),
-    )
+    cls: Any = getattr(diffusers, family.pipeline)
+    pipeline = _load("pipeline", folder, lambda: cls.from_pretrained(str(folder), **parts))
     if config.prediction_type is not None:
         sampler = pipeline.scheduler
         pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=config.prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The denoiser of a diffusers pipeline of a known family."""
+    return getattr(pipeline, family_of_pipeline(type(pipeline).__name__, "the pipeline").denoiser)
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels of one latent's side. config: of an AutoencoderKL. Raises KeyError or TypeError if it does not say."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def model_fingerprint(config: ModelConfig, part: str) -> str:
@@ -236,12 +324,17 @@ def with_resolution(domain: DomainConfig, model: ModelConfig) -> DomainConfig:
     """`domain` with the model's own resolution (sample_size times the autoencoder's factor) where it has none."""
     if domain.resolution is not None:
         return domain
-    folder = model_folder(model)
+    folder, family = model_folder(model), model_family(model)
     try:
-        unet, vae = (
-            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae")
-        )
-        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError):
+        side = family.sample_size(_read_config(folder, family.denoiser)) * vae_factor(_read_config(folder, "vae"))
+    except (RaygardError, KeyError, ValueError, TypeError):
         raise RaygardError(f"{folder} does not say its resolution; set domain.resolution") from None
     return domain.model_copy(update={"resolution": side})
+
+
+def _read_config(folder: Path, part: str) -> dict[str, Any]:
+    file = folder / part / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RaygardError(f"cannot read {file}: {error}") from None

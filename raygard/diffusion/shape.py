@@ -12,23 +12,13 @@ from typing import Any
 import torch
 
 from raygard.config import ModelConfig
-from raygard.diffusion.model import model_folder
+from raygard.diffusion.families import FAMILIES, Family, StableDiffusion
+from raygard.diffusion.model import model_family, model_folder, vae_factor
 from raygard.errors import RaygardError, nearest
 
-TEXT_TOKENS = 77
-_SD = {"in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "sample_size": 64}
-# What the releases' unet/config.json say, where it is not diffusers' default.
-KNOWN: dict[str, dict[str, Any]] = {
-    "SD1.5-shape": {**_SD, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "SD2.1-shape": {
-        **_SD,
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20],
-        "use_linear_projection": True,
-    },
-}
-# Of diffusers' autoencoders of Stable Diffusion: pixels for each latent.
+# Name of a size -> its family; what the releases' configurations say is written down with the family.
+KNOWN: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.shapes}
+# Of the releases' autoencoders: pixels for each latent.
 LATENT_FACTOR = 8
 
 
@@ -52,13 +42,13 @@ class DenoiserShape:
 
 
 def denoiser_config(model: ModelConfig) -> dict[str, Any]:
-    """unet/config.json of a model, or of a known shape (`SD2.1-shape`). Raises RaygardError if there is none."""
+    """The denoiser's config.json, or that of a known shape (`SD2.1-shape`). Raises RaygardError if there is none."""
     name = model.pretrained_model_name_or_path
     if is_shape(name):
-        return KNOWN[name]
+        return dict(KNOWN[name].shapes[name])
     if name.endswith("-shape") and not Path(name).exists():
         raise RaygardError(f"no known shape '{name}'{nearest(name, KNOWN)}, and no folder of this name")
-    file = model_folder(model) / "unet" / "config.json"
+    file = model_folder(model) / model_family(model).denoiser / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -66,19 +56,31 @@ def denoiser_config(model: ModelConfig) -> dict[str, Any]:
     return dict(content)
 
 
+def family_of(model: ModelConfig) -> Family:
+    """The family of a model or of a known shape. Raises RaygardError as `model_family`."""
+    name = model.pretrained_model_name_or_path
+    return KNOWN[name] if is_shape(name) else model_family(model)
+
+
 def is_shape(name: str) -> bool:
     """Whether a model's name means a size only, to be estimated with and not to be loaded; a folder is a model."""
     return name in KNOWN and not Path(name).exists()
 
 
-def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointing: bool = False) -> DenoiserShape:
-    """Run a UNet2DConditionModel on fake tensors and count what its training would keep; nothing is allocated.
+def measure_denoiser(
+    config: Mapping[str, Any], latent_side: int, *, checkpointing: bool = False, family: Family | None = None
+) -> DenoiserShape:
+    """Run a denoiser on fake tensors and count what its training would keep; nothing is allocated.
 
-    latent_side: height and width of the latents. Attention is counted as torch's fused kernels keep it.
-    Raises RaygardError if the configuration does not make a denoiser that runs on latents, a time step and a text.
+    config: its config.json. latent_side: height and width of the latents. family: None for Stable Diffusion. Attention
+    is counted as torch's fused kernels keep it.
+    Raises RaygardError if the configuration does not make a denoiser that runs on what its family gives it.
     """
+    kind = family or StableDiffusion()
     try:
-        return measure(lambda: _unet(config, checkpointing), lambda unet: _run(unet, latent_side))
+        return measure(
+            lambda: make_denoiser(kind, config, checkpointing), lambda module: run_denoiser(kind, module, latent_side)
+        )
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
@@ -86,12 +88,15 @@ def measure_denoiser(config: Mapping[str, Any], latent_side: int, *, checkpointi
 
 
 @contextmanager
-def fake_denoiser(config: Mapping[str, Any]) -> Iterator[Any]:
-    """A UNet2DConditionModel of tensors that are not allocated, and a block in which all new ones are like that."""
+def fake_denoiser(config: Mapping[str, Any], family: Family | None = None) -> Iterator[Any]:
+    """A denoiser of tensors that are not allocated, and a block in which all new ones are like that.
+
+    family: None for Stable Diffusion.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        yield _unet(config, False)
+        yield make_denoiser(family or StableDiffusion(), config)
 
 
 def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserShape:
@@ -117,19 +122,22 @@ def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserSh
     return DenoiserShape(tuple(parameter.numel() for parameter in parameters), kept // torch.float32.itemsize)
 
 
-def _unet(config: Mapping[str, Any], checkpointing: bool) -> Any:
-    from diffusers import UNet2DConditionModel
+def make_denoiser(family: Family, config: Mapping[str, Any], checkpointing: bool = False) -> Any:
+    """A denoiser of random weights, in training mode, on torch's default device."""
+    import diffusers
 
-    unet: Any = UNet2DConditionModel.from_config(dict(config))
-    unet.train()
+    denoiser: Any = getattr(diffusers, family.denoiser_class).from_config(dict(config))
+    denoiser.train()
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
 
 
-def _run(unet: Any, latent_side: int) -> object:
-    latents = torch.empty(1, unet.config.in_channels, latent_side, latent_side)
-    return unet(latents, torch.tensor([0]), torch.empty(1, TEXT_TOKENS, unet.config.cross_attention_dim))
+def run_denoiser(family: Family, denoiser: Any, latent_side: int) -> torch.Tensor:
+    """The denoiser on one picture of any values, on torch's default device."""
+    latents = torch.empty(1, family.latent_channels(denoiser.config), latent_side, latent_side)
+    blank = family.blank_conditioning(denoiser.config)
+    return family.predict(denoiser, latents, torch.tensor([0]), blank, LATENT_FACTOR)
 
 
 def latent_side(config: Mapping[str, Any], model: ModelConfig, resolution: int | None) -> int:
@@ -138,18 +146,19 @@ def latent_side(config: Mapping[str, Any], model: ModelConfig, resolution: int |
     Raises RaygardError if the model does not say how many pixels a latent stands for.
     """
     if resolution is None:
-        return int(config["sample_size"])
+        return family_of(model).sample_size(config)
     if is_shape(model.pretrained_model_name_or_path):
         return resolution // LATENT_FACTOR
     file = model_folder(model) / "vae" / "config.json"
     try:
-        return resolution // 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+        return resolution // vae_factor(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RaygardError(f"cannot read {file}: {error}") from None
 
 
 def text_encoder_bytes(model: ModelConfig) -> int:
-    """Bytes of the text encoder's weights as they are stored; 0 for a known shape, which has none."""
-    if is_shape(model.pretrained_model_name_or_path):
+    """Bytes of the text encoder's weights as they are stored; 0 for a known shape, which has none, and for a model with
+    several, of which no edit loads any."""
+    if is_shape(model.pretrained_model_name_or_path) or not isinstance(model_family(model), StableDiffusion):
         return 0
     return sum(file.stat().st_size for file in (model_folder(model) / "text_encoder").glob("model*.safetensors"))

@@ -1,6 +1,6 @@
 """Defences that edit the released values instead of freezing them: UCE and IMMA, and an edit followed by a mask.
 
-A method is called as `method(unet, material, settings) -> values by name`, never changes `unet`, and is one
+A method is called as `method(denoiser, material, settings) -> values by name`, never changes `denoiser`, and is one
 `register_edit` line with its default settings.
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raygard.config import RunConfig
+from raygard.config import ModelConfig, RunConfig
 from raygard.diffusion.cache import LatentSet
-from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_text_encoder
+from raygard.diffusion.families import StableDiffusion
+from raygard.diffusion.loss import TrainingLoss
+from raygard.diffusion.model import load_loss, load_text_encoder, model_family, require_one_text_encoder
 from raygard.editing.artifact import Edit
 from raygard.editing.imma import IMMASettings, imma_values
 from raygard.editing.inner import TextModel
@@ -32,6 +33,7 @@ __all__ = [
     "IMMASettings",
     "TextModel",
     "UCESettings",
+    "check_family",
     "choose_edit",
     "edit_model",
     "freeze_after",
@@ -50,21 +52,23 @@ class EditMaterial:
 
     illegal: pictures of the illegal classes; retain: pictures whose loss must not rise, for methods with such a term.
     illegal_prompts, legal_prompts: what is to be erased and what is to be preserved, usually the classes' names.
-    tokenizer, encoder: the model's own.
+    tokenizer, encoder: the model's own; None where it has several, which no method here can work on.
     """
 
     illegal: LatentSet
     illegal_prompts: tuple[str, ...]
     legal_prompts: tuple[str, ...]
-    loss: DiffusionLoss
+    loss: TrainingLoss
     tokenizer: Any
     encoder: Any
     retain: LatentSet | None = None
     seed: int = 0
 
     @property
-    def text(self) -> TextModel:
-        """For methods that learn words: those of the illegal classes."""
+    def text(self) -> TextModel | None:
+        """For methods that learn words: those of the illegal classes. None if the model has several text encoders."""
+        if self.encoder is None:
+            return None
         return TextModel(self.tokenizer, self.encoder, self.illegal_prompts)
 
     @classmethod
@@ -79,12 +83,13 @@ class EditMaterial:
         for name, found in zip(domain.illegal, rows, strict=True):
             if len(found) == 0:
                 raise RaygardError(f"no pictures of the illegal class '{name}' to edit against")
-        tokenizer, encoder = load_text_encoder(config.model)
+        single = isinstance(model_family(config.model), StableDiffusion)
+        tokenizer, encoder = load_text_encoder(config.model) if single else (None, None)
         return cls(
             illegal=learn.subset(torch.cat(rows)),
             illegal_prompts=domain.illegal,
             legal_prompts=(*domain.legal, *domain.general),
-            loss=DiffusionLoss(load_noise_scheduler(config.model), config.model.prediction_type),
+            loss=load_loss(config.model),
             tokenizer=tokenizer,
             encoder=encoder,
             retain=general,
@@ -103,14 +108,14 @@ def register_edit(name: str, method: Method, settings: Any) -> None:
     EDITS[name] = (method, settings)
 
 
-def edit_model(name: str, unet: nn.Module, material: EditMaterial, **settings: Any) -> Edit:
-    """Run the weight-editing defence `name` on the base `unet`, which is not changed.
+def edit_model(name: str, denoiser: nn.Module, material: EditMaterial, **settings: Any) -> Edit:
+    """Run the weight-editing defence `name` on the base `denoiser`, which is not changed.
 
     settings: override fields of the method's settings.
     Raises RaygardError for an unknown name or setting, listing the known ones, and what the method raises.
     """
     method, chosen = choose_edit(name, **settings)
-    return Edit.create(unet, method(unet, material, chosen), name, **asdict(chosen), seed=material.seed)
+    return Edit.create(denoiser, method(denoiser, material, chosen), name, **asdict(chosen), seed=material.seed)
 
 
 def choose_edit(name: str, **settings: Any) -> tuple[Method, Any]:
@@ -128,15 +133,28 @@ def choose_edit(name: str, **settings: Any) -> tuple[Method, Any]:
         raise RaygardError(f"'{name}': a setting is of the wrong kind ({error})") from None
 
 
-def _uce(unet: nn.Module, material: EditMaterial, settings: UCESettings) -> dict[str, Tensor]:
+def check_family(name: str, model: ModelConfig, **settings: Any) -> None:
+    """Raise RaygardError if the edit `name` with these settings does not work on the model's family."""
+    chosen = choose_edit(name, **settings)[1]
+    if isinstance(chosen, UCESettings):
+        require_one_text_encoder(model, "UCE")
+    elif isinstance(chosen, IMMASettings) and chosen.inner == "textual-inversion":
+        require_one_text_encoder(model, "IMMA against textual inversion")
+
+
+def _uce(denoiser: nn.Module, material: EditMaterial, settings: UCESettings) -> dict[str, Tensor]:
+    if material.encoder is None:
+        raise RaygardError(f"UCE is for {StableDiffusion.name} only; choose another defence or model")
     prompts = material.illegal_prompts, material.legal_prompts
-    return uce(unet, material.tokenizer, material.encoder, *prompts, settings)
+    return uce(denoiser, material.tokenizer, material.encoder, *prompts, settings)
 
 
-def _imma(unet: nn.Module, material: EditMaterial, settings: IMMASettings) -> dict[str, Tensor]:
+def _imma(denoiser: nn.Module, material: EditMaterial, settings: IMMASettings) -> dict[str, Tensor]:
     retain = material.retain if settings.retain_weight > 0 else None
     text, seed = material.text, material.seed
-    return imma_values(unet, material.illegal, material.loss, seed=seed, settings=settings, retain=retain, text=text)
+    return imma_values(
+        denoiser, material.illegal, material.loss, seed=seed, settings=settings, retain=retain, text=text
+    )
 
 
 register_edit("uce", _uce, UCESettings())

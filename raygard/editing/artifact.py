@@ -34,14 +34,14 @@ class Edit:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, unet: nn.Module, values: Mapping[str, Tensor], method: str = "", **settings: Any) -> Edit:
-        """Tie `values` to `unet`, which holds the base's values.
+    def create(cls, denoiser: nn.Module, values: Mapping[str, Tensor], method: str = "", **settings: Any) -> Edit:
+        """Tie `values` to `denoiser`, which holds the base's values.
 
         Raises RaygardError for a name the model does not have, another shape, values that are not finite, or none.
         """
         if not values:
             raise RaygardError("an edit must change at least one tensor")
-        parameters = dict(unet.named_parameters())
+        parameters = dict(denoiser.named_parameters())
         for name, value in values.items():
             if name not in parameters:
                 raise RaygardError(f"the model has no parameter tensor '{name}'")
@@ -58,26 +58,26 @@ class Edit:
         """Identity of the edit: its base and its values; equal for equal edits of equal bases."""
         return fingerprint({"base": self.base_sha256, **{n: tensor_sha256(v) for n, v in self.values.items()}})
 
-    def check(self, unet: nn.Module) -> None:
-        """Raise RaygardError unless `unet` has the tensors, with the values, that this edit was made for."""
-        parameters = dict(unet.named_parameters())
+    def check(self, denoiser: nn.Module) -> None:
+        """Raise RaygardError unless `denoiser` has the tensors, with the values, that this edit was made for."""
+        parameters = dict(denoiser.named_parameters())
         for name, value in self.values.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise RaygardError(f"the edit was made for another model: no tensor '{name}' {tuple(value.shape)}")
         if _fingerprint(parameters, self.values) != self.base_sha256:
             raise RaygardError("the model does not have the values this edit was made for (or is edited already)")
 
-    def apply(self, unet: nn.Module) -> nn.Module:
-        """Put the values into `unet` in place and return it.
+    def apply(self, denoiser: nn.Module) -> nn.Module:
+        """Put the values into `denoiser` in place and return it.
 
         Raises RaygardError if it is not the base the edit was made for; the module is then unchanged.
         """
-        self.check(unet)
-        parameters = dict(unet.named_parameters())
+        self.check(denoiser)
+        parameters = dict(denoiser.named_parameters())
         with torch.no_grad():
             for name, value in self.values.items():
                 parameters[name].copy_(value)
-        return unet
+        return denoiser
 
     def save(self, path: str | Path) -> Path:
         """Write one `.safetensors` file, whole or not at all. Raises RaygardError for another ending or a full disk."""

@@ -6,7 +6,7 @@ With phi the parameters of an inner adaptation and theta_U the immunised tensors
 to first order: nothing is unrolled, phi is carried from round to round (methods.md, section 7.1). Both steps are AdamW
 with clipped gradients, as in the scripts. The same loop drives one process and DeepSpeed.
 
-Shape letters: B pictures of a batch, C latent channels, H, W latent sides, L tokens, D text features.
+Shape letters: B pictures of a batch, C latent channels, H, W latent sides.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raygard.bilevel.alternation import DenoiserLoss
 from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.layers import attention_tensors
-from raygard.diffusion.loss import DiffusionLoss, draw
+from raygard.diffusion.loss import TrainingLoss, draw
 from raygard.editing.inner import INNER, TextModel
 from raygard.editing.sides import SIDES, Side, TwoSidedAdamW
 from raygard.errors import RaygardError, nearest
@@ -94,24 +95,28 @@ class Immunisation(DenoiserLoss):
     """
 
     def __init__(
-        self, unet: nn.Module, loss: DiffusionLoss, seed: int, settings: IMMASettings, text: TextModel | None
+        self, denoiser: nn.Module, loss: TrainingLoss, seed: int, settings: IMMASettings, text: TextModel | None
     ) -> None:
-        super().__init__(unet, loss)
+        super().__init__(denoiser, loss)
         if settings.inner not in INNER:
             raise RaygardError(f"unknown inner adaptation '{settings.inner}'{nearest(settings.inner, INNER)}")
-        self.names = attention_tensors(unet, settings.layers)
-        unet.requires_grad_(False)
-        self._immunised = {name: unet.get_parameter(name) for name in self.names}
-        self.inner = INNER[settings.inner](unet, self._immunised, seed, text, settings.retain_weight > 0)
+        self.names = attention_tensors(denoiser, settings.layers)
+        denoiser.requires_grad_(False)
+        self._immunised = {name: denoiser.get_parameter(name) for name in self.names}
+        self.inner = INNER[settings.inner](denoiser, self._immunised, seed, text, settings.retain_weight > 0)
         for parameter in [*self._immunised.values(), *self.inner.phi()]:
             parameter.requires_grad_(True)
 
-    def forward(self, latents: Tensor, text: Tensor, noise: Tensor, timesteps: Tensor, *kept: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor, *kept: Any
+    ) -> Tensor:
         """Loss of each picture under attack, then that of each picture retained, under the release: (B + R,).
 
-        text: as `InnerAdaptation.text` gives it. kept: latents, text (R, L, D), noise and timesteps; may be left out.
+        conditioning: as `InnerAdaptation.conditioning` gives it. kept: latents, conditioning, noise and timesteps of R
+        pictures; may be left out.
         """
-        errors = self.errors(self.denoiser, latents, self.inner.embed(text).to(latents.device), noise, timesteps)
+        attacked = self.inner.embed(conditioning).to(latents.device)
+        errors = self.errors(self.denoiser, latents, attacked, noise, timesteps)
         if not kept:
             return errors
         release = self.denoiser if self.inner.release is None else self.inner.release
@@ -129,7 +134,7 @@ class Immunisation(DenoiserLoss):
 class Engine(Protocol):
     """What the loop needs of DeepSpeed's engine around `Immunisation`."""
 
-    def __call__(self, *batch: Tensor) -> Tensor: ...
+    def __call__(self, *batch: Any) -> Tensor: ...
     def backward(self, loss: Tensor) -> object: ...
     def step(self) -> object: ...
 
@@ -141,7 +146,7 @@ class OneProcess:
         self.module, self.optimizer, self.max_norm = module, optimizer, settings.max_grad_norm
         self.accumulation, self._micro = settings.gradient_accumulation_steps, 0
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    def __call__(self, *batch: Any) -> Tensor:
         errors: Tensor = self.module(*batch)
         return errors
 
@@ -171,17 +176,17 @@ class Place:
 class Pictures:
     """Deals batches of one stream, as a function of (seed, stream, step, slot) alone.
 
-    text: what of the text goes into a batch, by rows. Pictures are drawn uniformly.
+    conditioning: what of the captions goes into a batch, by rows. Pictures are drawn uniformly.
     """
 
     data: LatentSet
-    text: Callable[[LatentSet, Tensor], Tensor]
+    conditioning: Callable[[LatentSet, Tensor], Conditioning]
     seed: int
     stream: str
     num_timesteps: int
 
-    def batches(self, step: int, settings: IMMASettings, place: Place) -> list[tuple[Tensor, ...]]:
-        """Latents, text, noise and timesteps of this rank at `step`, one tuple for each accumulation step."""
+    def batches(self, step: int, settings: IMMASettings, place: Place) -> list[tuple[Any, ...]]:
+        """Latents, conditioning, noise and timesteps of this rank at `step`, one tuple for each accumulation step."""
         accumulation, size = settings.gradient_accumulation_steps, settings.train_batch_size
         rows = torch.randint(len(self.data), (size,), generator=generator(self.seed, self.stream, "rows", step))
         share = size // (place.world_size * accumulation)
@@ -191,8 +196,8 @@ class Pictures:
             slots = range(first, first + share)
             eps, noise, timesteps = draw(self.seed, self.stream, step, slots, self.data.shape, self.num_timesteps)
             picked = rows[first : first + share]
-            batch = self.data.latents(picked, eps), self.text(self.data, picked), noise, timesteps
-            dealt.append(tuple(tensor.to(place.device) for tensor in batch))
+            batch = self.data.latents(picked, eps), self.conditioning(self.data, picked), noise, timesteps
+            dealt.append(tuple(part.to(place.device) for part in batch))
         return dealt
 
 
@@ -271,32 +276,32 @@ def pictures(
     if settings.retain_weight == 0 and retain is not None:
         raise RaygardError("pictures to retain have no effect with retain_weight 0; leave them out or raise it")
     steps = module.loss.num_timesteps
-    attacked = Pictures(illegal, module.inner.text, seed, "imma", steps)
-    return attacked, None if retain is None else Pictures(retain, _cached_text, seed, "imma retain", steps)
+    attacked = Pictures(illegal, module.inner.conditioning, seed, "imma", steps)
+    return attacked, None if retain is None else Pictures(retain, _cached, seed, "imma retain", steps)
 
 
-def _cached_text(data: LatentSet, rows: Tensor) -> Tensor:
-    return data.text[rows]
+def _cached(data: LatentSet, rows: Tensor) -> Conditioning:
+    return data.conditioning[rows]
 
 
 def imma_values(
-    unet: nn.Module,
+    denoiser: nn.Module,
     illegal: LatentSet,
-    loss: DiffusionLoss,
+    loss: TrainingLoss,
     *,
     seed: int,
     settings: IMMASettings | None = None,
     retain: LatentSet | None = None,
     text: TextModel | None = None,
 ) -> dict[str, Tensor]:
-    """Immunised tensors by name, float32, CPU; `unet` is not changed. One process.
+    """Immunised tensors by name, float32, CPU; `denoiser` is not changed. One process.
 
     illegal, retain: as `pictures` takes them. text: for the inner adaptation "textual-inversion" only.
-    Equal seeds give equal values on the CPU. Local, on the device of `unet`.
+    Equal seeds give equal values on the CPU. Local, on the device of `denoiser`.
     Raises RaygardError as `pictures`, `Immunisation` and `immunise` do.
     """
     settings = settings or IMMASettings()
-    own = copy.deepcopy(unet).float()
+    own = copy.deepcopy(denoiser).float()
     module = Immunisation(own, loss, seed, settings, text)
     optimizer = module.optimizer(settings)
     material = pictures(module, illegal, retain, seed, settings)

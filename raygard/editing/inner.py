@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError
 from raygard.seeding import generator
@@ -50,13 +51,13 @@ class InnerAdaptation(nn.Module):
         """What the attacker trains; immunised tensors may be among it."""
         raise NotImplementedError
 
-    def text(self, data: LatentSet, rows: Tensor) -> Tensor:
-        """What `embed` takes for these rows, on the CPU; (len(rows), ...)."""
-        return data.text[rows]
+    def conditioning(self, data: LatentSet, rows: Tensor) -> Conditioning:
+        """What `embed` takes for these rows, on the CPU."""
+        return data.conditioning[rows]
 
-    def embed(self, text: Tensor) -> Tensor:
-        """Text features (B, L, D) as the attacker has them, differentiable in phi."""
-        return text
+    def embed(self, conditioning: Conditioning) -> Conditioning:
+        """Conditioning as the attacker has it, differentiable in phi."""
+        return conditioning
 
 
 class DreamBooth(InnerAdaptation):
@@ -69,7 +70,7 @@ class DreamBooth(InnerAdaptation):
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         immunised: Mapping[str, nn.Parameter],
         seed: int,
         text: TextModel | None,
@@ -77,8 +78,8 @@ class DreamBooth(InnerAdaptation):
         *,
         only_immunised: bool = False,
     ) -> None:
-        super().__init__(_copy(unet, immunised.values()) if retains and not only_immunised else None)
-        self._phi = list((immunised if only_immunised else dict(unet.named_parameters())).values())
+        super().__init__(_copy(denoiser, immunised.values()) if retains and not only_immunised else None)
+        self._phi = list((immunised if only_immunised else dict(denoiser.named_parameters())).values())
 
     def phi(self) -> list[nn.Parameter]:
         return self._phi
@@ -106,17 +107,17 @@ class LoRA(InnerAdaptation):
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         immunised: Mapping[str, nn.Parameter],
         seed: int,
         text: TextModel | None,
         retains: bool,
     ) -> None:
-        super().__init__(_copy(unet, unet.parameters()) if retains else None)
+        super().__init__(_copy(denoiser, denoiser.parameters()) if retains else None)
         self.updates = nn.ModuleList()
-        for name in attention_tensors(unet, "attention", ("weight",)):
-            layer = unet.get_submodule(name.rpartition(".")[0])
-            update = LowRank(unet.get_parameter(name), self.rank, generator(seed, "imma lora", name))
+        for name in attention_tensors(denoiser, "attention", ("weight",)):
+            layer = denoiser.get_submodule(name.rpartition(".")[0])
+            update = LowRank(denoiser.get_parameter(name), self.rank, generator(seed, "imma lora", name))
             layer.register_forward_hook(partial(_add, update))
             self.updates.append(update)
 
@@ -136,7 +137,7 @@ class TextualInversion(InnerAdaptation):
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         immunised: Mapping[str, nn.Parameter],
         seed: int,
         text: TextModel | None,
@@ -144,30 +145,32 @@ class TextualInversion(InnerAdaptation):
     ) -> None:
         super().__init__()
         if text is None or not text.words:
-            raise RaygardError("textual inversion needs the model's text encoder and the words of the illegal classes")
+            raise RaygardError(
+                "textual inversion needs the model's text encoder, of Stable Diffusion 1.x/2.x alone, and the words of the "
+                "illegal classes"
+            )
         self._text = text
         self._frozen = {name: parameter.detach() for name, parameter in text.encoder.named_parameters()}
         table = text.encoder.get_input_embeddings().weight
         self._name = next(name for name, parameter in text.encoder.named_parameters() if parameter is table)
         self._words = [self._ids(word) for word in text.words]
         starts = [table.detach()[torch.tensor(ids)].mean(dim=0) for ids in self._words]
-        self.learned = nn.Parameter(torch.stack(starts).to(next(unet.parameters()).device))
+        self.learned = nn.Parameter(torch.stack(starts).to(next(denoiser.parameters()).device))
 
     def phi(self) -> list[nn.Parameter]:
         return [self.learned]
 
-    def text(self, data: LatentSet, rows: Tensor) -> Tensor:
-        """Token ids and attention mask, int64 (len(rows), 2, L); new tokens are numbered after the vocabulary."""
+    def conditioning(self, data: LatentSet, rows: Tensor) -> Conditioning:
+        """Text: token ids and attention mask, int64 (len(rows), 2, L); new tokens are numbered after the vocabulary."""
         captions = [self._with_new_tokens(data.captions[row]) for row in rows.tolist()]
         tokens = self._text.tokenizer.pad(
             {"input_ids": captions}, padding="max_length", max_length=self._text.tokenizer.model_max_length,
             return_tensors="pt",
         )  # fmt: skip
-        return torch.stack([tokens.input_ids, tokens.attention_mask], dim=1)
+        return Conditioning(text=torch.stack([tokens.input_ids, tokens.attention_mask], dim=1))
 
-    def embed(self, text: Tensor) -> Tensor:
-        features: Tensor = self(text)
-        return features
+    def embed(self, conditioning: Conditioning) -> Conditioning:
+        return Conditioning(text=self(conditioning["text"]))
 
     def forward(self, tokens: Tensor) -> Tensor:
         encoder, table = self._text.encoder, self._frozen[self._name]
@@ -194,17 +197,17 @@ class TextualInversion(InnerAdaptation):
         return [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
 
 
-def _copy(unet: nn.Module, shared: Any) -> nn.Module:
+def _copy(denoiser: nn.Module, shared: Any) -> nn.Module:
     """A copy of a denoiser, with the `shared` parameters themselves in it; before anything is hung on the denoiser."""
-    return copy.deepcopy(unet, {id(parameter): parameter for parameter in shared})
+    return copy.deepcopy(denoiser, {id(parameter): parameter for parameter in shared})
 
 
 def _add(update: LowRank, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + update(inputs[0])
 
 
-# `INNER[name](unet, immunised, seed, text, retains)`: immunised are the tensors of `unet` that IMMA changes, by name;
-# text may be None; retains: whether the release itself is needed as well. Parameters of `unet` are float32.
+# `INNER[name](denoiser, immunised, seed, text, retains)`: immunised are the denoiser's tensors that IMMA changes, by
+# name; text may be None; retains: whether the release itself is needed as well. Parameters of `denoiser` are float32.
 INNER: dict[str, Callable[..., InnerAdaptation]] = {
     "lora": LoRA,
     "dreambooth": DreamBooth,

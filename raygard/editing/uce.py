@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from raygard.diffusion.cache import encode_captions
+from raygard.diffusion.families.stable_diffusion import encode_captions
 from raygard.diffusion.layers import attention_tensors
 from raygard.errors import RaygardError, nearest
 
@@ -45,7 +45,7 @@ class UCESettings:
 
 
 def uce(
-    unet: nn.Module,
+    denoiser: nn.Module,
     tokenizer: Any,
     encoder: Any,
     erase: Sequence[str],
@@ -67,12 +67,12 @@ def uce(
         scale = max(0.1, 1 / len(kept)) if settings.tokens == "all" else 1.0
     features = _preserved(tokenizer, encoder, kept, settings.tokens) if kept else None
     return uce_values(
-        unet, old, new, features, lamb=settings.lamb, erase_scale=settings.erase_scale, preserve_scale=scale
+        denoiser, old, new, features, lamb=settings.lamb, erase_scale=settings.erase_scale, preserve_scale=scale
     )
 
 
 def uce_values(
-    unet: nn.Module,
+    denoiser: nn.Module,
     old_embeddings: Tensor,
     new_embeddings: Tensor,
     preserve_embeddings: Tensor | None = None,
@@ -108,9 +108,9 @@ def uce_values(
         gram += preserve_scale * kept.T @ kept
     # The right-hand factor of the update; gram is symmetric and positive definite because lamb > 0.
     change = torch.cholesky_solve(erase_scale * old.T @ (new - old), torch.linalg.cholesky(gram)).T
-    parameters = dict(unet.named_parameters())
+    parameters = dict(denoiser.named_parameters())
     values = {}
-    for name in attention_tensors(unet, "cross-kv", ("weight",)):
+    for name in attention_tensors(denoiser, "cross-kv", ("weight",)):
         before = parameters[name].detach().cpu().double()
         if before.shape[1] != width:
             raise RaygardError(f"embeddings have {width} features, '{name}' takes {before.shape[1]}")

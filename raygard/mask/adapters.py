@@ -49,7 +49,7 @@ class AdapterReport(MovedReport):
     outside_mask: tuple[str, ...]
 
 
-def lora_targets(unet: nn.Module, wanted: Sequence[str], frozen: Collection[str] = ()) -> list[str]:
+def lora_targets(denoiser: nn.Module, wanted: Sequence[str], frozen: Collection[str] = ()) -> list[str]:
     """Full names of the linear and convolution modules LoRA may adapt: those wanted whose weight is not frozen.
 
     wanted: names as peft's `target_modules` takes them, the end of a module's path ("to_q") or all of it.
@@ -57,7 +57,7 @@ def lora_targets(unet: nn.Module, wanted: Sequence[str], frozen: Collection[str]
     Pass the result to peft as a regular expression of whole names, because it matches a list by endings.
     Raises RaygardError for a name no such module has, and if the mask leaves nothing to adapt.
     """
-    modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    modules = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for ending in wanted:
         if not any(_ends(name, ending) for name in modules):
             known = {name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()}

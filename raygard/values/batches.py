@@ -1,19 +1,20 @@
 """Which pictures, names and noise each step sees, as a function of (seed, stream, step, slot) alone.
 
-Shape letters: B batch, C channels, H, W latent size, S tokens, D text width.
+Shape letters: B batch, C channels, H, W latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raygard.config import DomainConfig, ValuesConfig
 from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.loss import draw
 from raygard.errors import RaygardError
 from raygard.seeding import generator
@@ -26,27 +27,28 @@ KEPT_FRACTION = 0.1
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank: latents, noise (B, C, H, W), text (B, S, D), timesteps and roles int64 (B,).
+    """One micro-batch of one rank: latents, noise (B, C, H, W), timesteps and roles int64 (B,); B captions.
 
     weight: float32 (), what its loss counts beside other micro-batches of the step.
     """
 
     latents: Tensor
-    text: Tensor
+    conditioning: Conditioning
     noise: Tensor
     timesteps: Tensor
     roles: Tensor
     weight: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        parts: Any = (part.to(device, non_blocking=True) for part in self)
+        return Batch(*parts)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Rows of a cache, int64 (n,), and for each the caption's row in `LatentSet.text.unique`, under each of its names.
+    """Rows of a cache, int64 (n,), and for each the caption's row in `LatentSet.conditioning.unique`.
 
-    texts: int64 (1 + names, n); the class's own name first.
+    texts: int64 (1 + names, n), under each of its names; the class's own first.
     """
 
     rows: Tensor
@@ -100,7 +102,7 @@ class ValuesSource:
             for classes, count in ((domain.legal, values.legal_names), (domain.illegal, values.illegal_names))
         )
         rows = general_rows(data, domain.general)[0]
-        general = [Pictures(rows, data.text.index[rows][None])]
+        general = [Pictures(rows, data.conditioning.index[rows][None])]
         return cls(data, (legal, general, illegal), values.train_batch_size, num_timesteps, seed)
 
     def batches(self, step: int, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[Batch]:
@@ -152,8 +154,8 @@ class ValuesSource:
     def _batch(self, rows: Tensor, texts: Tensor, roles: Tensor, stream: str, step: int, slots: Tensor) -> Batch:
         shape = self.data.shape
         eps, noise, timesteps = draw(self.seed, stream, step, slots.tolist(), shape, self.num_timesteps)
-        latents, text = self.data.latents(rows, eps), self.data.text.unique[texts]
-        return Batch(latents, text, noise, timesteps, roles, torch.ones(()))
+        latents, conditioning = self.data.latents(rows, eps), self.data.conditioning.unique.rows(texts)
+        return Batch(latents, conditioning, noise, timesteps, roles, torch.ones(()))
 
 
 def further_captions(

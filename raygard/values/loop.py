@@ -60,7 +60,7 @@ def release_errors(
     for role in range(len(ROLES)):
         for number in range(num_bins):
             batch = source.probe(role, number, num_bins, mine % SAMPLES_PER_BIN, SAMPLES_PER_BIN).to(device)
-            errors = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
+            errors = engine(batch.latents, batch.conditioning, batch.noise, batch.timesteps)
             sums[role, number] = (errors.double() * counts).sum()
     if reduce is not None:
         reduce(sums)
@@ -87,7 +87,7 @@ def train_values(
         batches = source.batches(step, rank=plan.rank, world_size=plan.world_size, accumulation=plan.accumulation)
         for batch in batches:
             batch = batch.to(device)
-            errors = engine(batch.latents, batch.text, batch.noise, batch.timesteps)
+            errors = engine(batch.latents, batch.conditioning, batch.noise, batch.timesteps)
             loss, relative = objective(errors, batch.roles, batch.timesteps)
             engine.backward(loss * batch.weight)
             engine.step()

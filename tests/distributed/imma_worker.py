@@ -23,7 +23,7 @@ from raygard.cluster.values import gather  # noqa: E402
 from raygard.config import RunConfig  # noqa: E402
 from raygard.config_file import load_config  # noqa: E402
 from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
-from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet  # noqa: E402
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler, load_text_encoder  # noqa: E402
 from raygard.editing import EditMaterial, IMMASettings  # noqa: E402
 from raygard.editing.imma import Immunisation, OneProcess, Place, StepRecord, immunise, pictures  # noqa: E402
 from tests.latents import flat_latents  # noqa: E402
@@ -55,7 +55,7 @@ def setting(root: Path, case: str, accumulation: int = 1) -> tuple[nn.Module, Ed
         max_grad_norm=0.03,
         retain_weight=0.5 if retains else 0.0,
     )
-    return load_unet(model), material, settings
+    return load_denoiser(model), material, settings
 
 
 def dense(root: Path, case: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +24,25 @@ from raygard.bilevel.segments import ShardLayout  # noqa: E402
 from raygard.cluster.checkpoint import SavedState, first_whole  # noqa: E402
 from raygard.cluster.engine import ShardedTraining, build  # noqa: E402
 from raygard.config import BilevelConfig, EngineConfig  # noqa: E402
-from raygard.diffusion.cache import load_cache  # noqa: E402
-from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
-from raygard.diffusion.model import load_noise_scheduler, load_unet  # noqa: E402
+from raygard.config_file import load_config  # noqa: E402
+from raygard.diffusion.cache import build_cache, load_cache  # noqa: E402
+from raygard.diffusion.model import load_denoiser, load_loss  # noqa: E402
+from raygard.domain import load_domain  # noqa: E402
 
 GLOBAL_BATCH, INNER, ROUNDS = 16, 2, 6
 # Plans whose batches are kept: what the engine's module was called with.
 WATCHED = ("sgd3", "accum2")
+
+
+def make_root(root: Path, make_model: Callable[..., Path], make_pictures: Callable[..., Path]) -> Path:
+    """A model in `root / "sd"` and its cache of four classes' pictures, which every run reads."""
+    make_model(root / "sd")
+    data = make_pictures(root / "data", dict.fromkeys("abcd", 48))
+    names = [f"domain.data={data}", f"model.pretrained_model_name_or_path={root / 'sd'}", "domain.resolution=16"]
+    config = load_config(None, [*names, "domain.illegal=[a,b]", "domain.legal=[c,d]"])
+    parts = [(cls, "learn_lower") for cls in "abcd"]
+    build_cache(config.model, config.domain, load_domain(config.domain).view("learn"), parts, root / "cache")
+    return root
 
 
 def setting(root: Path, user_optimizer: str, seed: int = 0):
@@ -37,7 +50,7 @@ def setting(root: Path, user_optimizer: str, seed: int = 0):
     from raygard.config import ModelConfig
 
     model = ModelConfig(pretrained_model_name_or_path=str(root / "sd"))
-    unet = load_unet(model).train()
+    unet = load_denoiser(model).train()
     pre = {name: p.detach().clone() for name, p in unet.named_parameters()}
     rng = torch.Generator().manual_seed(7)
     ft = {name: p + 0.02 * torch.randn(p.shape, generator=rng) for name, p in pre.items()}
@@ -53,13 +66,18 @@ def setting(root: Path, user_optimizer: str, seed: int = 0):
             params, rule=rule, user_optimizer=user_optimizer, lr=lr, max_grad_norm=1.0, reduce=reduce
         )
 
-    return unet, DenoiserLoss(unet, DiffusionLoss(load_noise_scheduler(model))), pre, ft, sources, factory
+    return unet, DenoiserLoss(unet, load_loss(model)), pre, ft, sources, factory
 
 
 def watch(module: DenoiserLoss) -> list[tuple[torch.Tensor, ...]]:
     """A list that grows by (latents, text, noise, timesteps) with every forward pass of `module`."""
     seen: list[tuple[torch.Tensor, ...]] = []
-    module.register_forward_pre_hook(lambda _, batch: seen.append(tuple(part.clone() for part in batch)))
+
+    def remember(_: object, batch: tuple) -> None:
+        latents, conditioning, *others = batch
+        seen.append(tuple(part.clone() for part in (latents, conditioning["text"], *others)))
+
+    module.register_forward_pre_hook(remember)
     return seen
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from raygard.cli import main
 from raygard.compare.matrix import COSTS
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.mask import FreezeMask
 from tests.evaluation_bench import OVERRIDES, Bench, make_bench
 
@@ -52,7 +52,7 @@ USERS = {
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Bench:
     made = make_bench(tmp_path_factory.mktemp("compare"), tiny_maker, imagefolder_maker)
-    unet = load_unet(made.config().model)
+    unet = load_denoiser(made.config().model)
     # All that LoRA would adapt, so that under this mask it has nothing to train.
     frozen = [name for name, _ in unet.named_parameters() if ".to_" in name]
     FreezeMask.create(unet, frozen).save(made.root / "mask")

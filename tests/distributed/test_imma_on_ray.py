@@ -15,7 +15,7 @@ from raygard.cluster.training import fit
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache, load_cache
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.domain import load_domain
 from raygard.editing import Edit, EditMaterial, IMMASettings, choose_edit, edit_model
 
@@ -77,7 +77,7 @@ def made(config: RunConfig, caches: tuple[Path, Path], ray_cluster, tmp_path_fac
 
 def test_the_edit_is_that_of_one_process(config: RunConfig, caches: tuple[Path, Path], made: Path) -> None:
     torch.set_num_threads(1)
-    unet, found = load_unet(config.model), Edit.load(made)
+    unet, found = load_denoiser(config.model), Edit.load(made)
     material = EditMaterial.of(config, *(load_cache(path) for path in caches))
     expected = edit_model(METHOD, unet, material, **SETTINGS)
     assert (found.method, found.settings, found.base_sha256) == (METHOD, expected.settings, expected.base_sha256)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from raygard.bilevel.segments import assemble
-from raygard.config_file import load_config
-from raygard.diffusion.cache import build_cache
-from raygard.domain import load_domain
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -41,18 +37,9 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_maker) -> Path:
-    root = tmp_path_factory.mktemp("sharded")
-    tiny_maker(root / "sd")
-    data = imagefolder_maker(root / "data", dict.fromkeys("abcd", 48))
-    names = [
-        f"domain.data={data}",
-        f"model.pretrained_model_name_or_path={root / 'sd'}",
-        "domain.resolution=16",
-    ]
-    config = load_config(None, [*names, "domain.illegal=[a,b]", "domain.legal=[c,d]"])
-    parts = [(cls, "learn_lower") for cls in "abcd"]
-    build_cache(config.model, config.domain, load_domain(config.domain).view("learn"), parts, root / "cache")
-    return root
+    import sharded_worker
+
+    return sharded_worker.make_root(tmp_path_factory.mktemp("sharded"), tiny_maker, imagefolder_maker)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,6 @@ def results(root: Path) -> dict[int, list[dict[str, dict]]]:
 
 @pytest.fixture(scope="module")
 def reference(root: Path) -> dict[str, dict[str, torch.Tensor]]:
-    sys.path.insert(0, str(WORKER.parent))
     import sharded_worker
 
     torch.set_num_threads(1)
@@ -88,9 +74,9 @@ def test_logits_equal_the_dense_run(results, reference, world: int, name: str, u
 
 def shapes(root: Path) -> dict[str, tuple[int, ...]]:
     from raygard.config import ModelConfig
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
-    unet = load_unet(ModelConfig(pretrained_model_name_or_path=str(root / "sd")))
+    unet = load_denoiser(ModelConfig(pretrained_model_name_or_path=str(root / "sd")))
     return {name: tuple(p.shape) for name, p in unet.named_parameters()}
 
 

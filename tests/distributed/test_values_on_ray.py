@@ -10,7 +10,7 @@ import torch
 
 from raygard.config import RunConfig
 from raygard.config_file import load_config
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.flow import Flow
 from raygard.mask import FreezeMask
 
@@ -58,9 +58,9 @@ def finished(config: RunConfig, ray_cluster, tmp_path_factory: pytest.TempPathFa
 def test_the_mask_carries_values_of_all_frozen_tensors(config: RunConfig, finished: Path) -> None:
     mask = FreezeMask.load(finished / "mask")
     assert set(mask.values) == set(mask.frozen_names)
-    base = {name: p.detach().clone() for name, p in load_unet(config.model).named_parameters()}
+    base = {name: p.detach().clone() for name, p in load_denoiser(config.model).named_parameters()}
     assert not any(torch.equal(value, base[name]) for name, value in mask.values.items())
-    user = {name: p.detach() for name, p in mask.apply(load_unet(config.model)).named_parameters()}
+    user = {name: p.detach() for name, p in mask.apply(load_denoiser(config.model)).named_parameters()}
     assert mask.audit(base, user).ok
     assert not mask.audit(base, base).ok
     assert all(torch.equal(user[name], base[name]) for name in mask.names if name not in mask.values)

@@ -79,11 +79,11 @@ def test_the_releases_errors_equal_the_dense_ones(results, reference, world: int
 
 
 def test_all_frozen_values_move_and_nothing_else(root, results, worker) -> None:
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
     frozen = worker.frozen_names(root)
     for world, name in FP32:
-        for parameter, value in load_unet(worker.configuration(root).model).named_parameters():
+        for parameter, value in load_denoiser(worker.configuration(root).model).named_parameters():
             for rank in results[world]:
                 found = rank[name]["values"].get(parameter)
                 assert found is not None or "3" in name

@@ -24,7 +24,7 @@ from raygard.config import RunConfig  # noqa: E402
 from raygard.config_file import load_config  # noqa: E402
 from raygard.diffusion.cache import load_cache  # noqa: E402
 from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
-from raygard.diffusion.model import load_noise_scheduler, load_unet  # noqa: E402
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler  # noqa: E402
 from raygard.values import Objective, Plan, ValuesSource, release_errors, train_values  # noqa: E402
 
 # Few bins, because a pass under ZeRO-3 takes a third of a second.
@@ -52,11 +52,11 @@ def configuration(root: Path, *overrides: str) -> RunConfig:
 
 def frozen_names(root: Path) -> list[str]:
     """Every third tensor: small ones and large ones, early and late in the model."""
-    return [name for name, _ in load_unet(configuration(root).model).named_parameters()][::3]
+    return [name for name, _ in load_denoiser(configuration(root).model).named_parameters()][::3]
 
 
 def setting(config: RunConfig, root: Path):
-    unet = load_unet(config.model).train()
+    unet = load_denoiser(config.model).train()
     loss = DiffusionLoss(load_noise_scheduler(config.model))
     data = load_cache(next((root / "cache").iterdir()))
     return unet, loss, ValuesSource.of(data, config.domain, config.values, loss.num_timesteps, SEED)

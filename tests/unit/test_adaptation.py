@@ -17,7 +17,7 @@ from raygard.cluster.evaluators import TOKEN, Adaptation, GeneratorActor, Pictur
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.diffusion.cache import LatentSet
 from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.store import Store
@@ -29,7 +29,7 @@ SETTINGS = AdaptConfig(max_train_steps=4, learning_rate=1e-3, train_batch_size=2
 
 def adapted(model: ModelConfig, settings: AdaptConfig = SETTINGS, seed: int = 0, frozen: object = None,
             data: LatentSet | None = None) -> tuple[torch.nn.Module, AdaptResult]:  # fmt: skip
-    unet = load_unet(model)
+    unet = load_denoiser(model)
     mask = None if frozen is None else FreezeMask.create(unet, frozen)
     loss = DiffusionLoss(load_noise_scheduler(model))
     return unet, full(unet, latent_set() if data is None else data, settings, loss, mask=mask, seed=seed)
@@ -41,7 +41,7 @@ def states_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def test_frozen_tensors_keep_their_bits_and_cost_no_state(tiny_model: ModelConfig) -> None:
-    base = dict(load_unet(tiny_model).named_parameters())
+    base = dict(load_denoiser(tiny_model).named_parameters())
     frozen = list(base)[::2]
     unet, result = adapted(tiny_model, frozen=frozen)
     trainable = 0
@@ -64,7 +64,7 @@ def test_training_is_deterministic_in_its_seed(tiny_model: ModelConfig) -> None:
 
 def test_max_train_steps_counts_optimizer_steps(tiny_model: ModelConfig) -> None:
     seen: list[tuple[int, float]] = []
-    unet = load_unet(tiny_model)
+    unet = load_denoiser(tiny_model)
     settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": 3})
     result = full(
         unet, latent_set(), settings, DiffusionLoss(load_noise_scheduler(tiny_model)), mask=None, seed=0,
@@ -82,18 +82,18 @@ def test_a_picture_is_seen_once_in_every_epoch(tiny_model: ModelConfig) -> None:
             seen.extend(rows.tolist())
             return original(self, rows, eps)
 
-    spy = Spy(data.mean, data.std, data.text, data.classes, data.captions, data.parts)
+    spy = Spy(data.mean, data.std, data.conditioning, data.classes, data.captions, data.parts)
     adapted(tiny_model, SETTINGS.model_copy(update={"max_train_steps": 6}), data=spy)
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6] != seen[6:]
 
 
 def test_one_trainable_tensor_is_enough_and_none_is_refused(tiny_model: ModelConfig) -> None:
-    names = [name for name, _ in load_unet(tiny_model).named_parameters()]
+    names = [name for name, _ in load_denoiser(tiny_model).named_parameters()]
     for kept in (names[0], names[-1]):
         unet, result = adapted(tiny_model, frozen=[name for name in names if name != kept])
         assert result.trainable_params == dict(unet.named_parameters())[kept].numel()
-    unet = load_unet(tiny_model).requires_grad_(False)
+    unet = load_denoiser(tiny_model).requires_grad_(False)
     with pytest.raises(RaygardError, match="nothing to train"):
         full(unet, latent_set(), SETTINGS, DiffusionLoss(load_noise_scheduler(tiny_model)), mask=None, seed=0)
 
@@ -113,7 +113,7 @@ def test_precision_of_an_adaptation_does_not_outlive_it(tiny_model: ModelConfig)
     after, again = adapted(tiny_model)
     assert states_equal(alone, after) and result.losses == again.losses
     assert not states_equal(alone, mixed)
-    plain = load_unet(tiny_model).eval()
+    plain = load_denoiser(tiny_model).eval()
     plain.load_state_dict(mixed.state_dict())
     sample, text = torch.ones(1, 4, 8, 8), torch.ones(1, 8, 16)
     assert torch.equal(mixed(sample, 1, text).sample, plain(sample, 1, text).sample)
@@ -123,7 +123,7 @@ def test_gradients_of_a_broken_adaptation_are_not_added(tiny_model: ModelConfig)
     settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": 3, "train_batch_size": 1})
     alone, _ = adapted(tiny_model, settings)
     broken, good, loss = latent_set(), latent_set(), DiffusionLoss(load_noise_scheduler(tiny_model))
-    unet = load_unet(tiny_model)
+    unet = load_denoiser(tiny_model)
     base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     finite: list[int] = []
 
@@ -132,7 +132,7 @@ def test_gradients_of_a_broken_adaptation_are_not_added(tiny_model: ModelConfig)
             finite.append(len(finite))
             return super().latents(rows, eps) * (torch.nan if len(finite) == 2 else 1)
 
-    spy = Spy(broken.mean, broken.std, broken.text, broken.classes, broken.captions, broken.parts)
+    spy = Spy(broken.mean, broken.std, broken.conditioning, broken.classes, broken.captions, broken.parts)
     with pytest.raises(RaygardError, match="the loss is nan at step 1"):
         full(unet, spy, settings, loss, mask=None, seed=0)
     unet.load_state_dict(base)
@@ -179,7 +179,7 @@ def test_an_adapter_reaches_the_store_merged_into_the_release(bench: Bench, tmp_
     losses = [loss for _, loss in milestones(reports)]
     assert len(set(losses)) == 3
     changed = load_file(Store(tmp_path).tensors_file("k"))
-    attention = [name for name, _ in load_unet(bench.config().model).named_parameters() if ".attn" in name]
+    attention = [name for name, _ in load_denoiser(bench.config().model).named_parameters() if ".attn" in name]
     assert changed.keys() == {name for name in attention if name.endswith("weight")}
 
 
@@ -218,7 +218,7 @@ def test_an_adaptation_that_pauses_equals_a_straight_one(tiny_model: ModelConfig
     state = None
     for pause_at in (2, 3, None):
         # Each stretch begins with the released model, as it does in a process of its own.
-        unet = load_unet(tiny_model)
+        unet = load_denoiser(tiny_model)
         mask = FreezeMask.create(unet, ["conv_in.weight"])
         part = full(unet, data, settings, loss, mask=mask, seed=0, pause_at=pause_at, resume=state)
         Store(tmp_path).write_paused("key", part.paused or {})
@@ -229,7 +229,7 @@ def test_an_adaptation_that_pauses_equals_a_straight_one(tiny_model: ModelConfig
 
 def test_learning_rate_schedule_is_followed(tiny_model: ModelConfig) -> None:
     still = SETTINGS.model_copy(update={"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10**9})
-    base = dict(load_unet(tiny_model).named_parameters())
+    base = dict(load_denoiser(tiny_model).named_parameters())
     unet, _ = adapted(tiny_model, still)
     for name, parameter in unet.named_parameters():
         torch.testing.assert_close(parameter, base[name], rtol=0, atol=1e-9)

@@ -14,9 +14,10 @@ from raygard.adaptation.prior import class_pictures
 from raygard.adaptation.tokens import NewToken
 from raygard.config import AdaptConfig, DomainConfig, ModelConfig
 from raygard.config_file import load_config
-from raygard.diffusion.cache import LatentSet, build_cache, encode_captions, load_cache
+from raygard.diffusion.cache import LatentSet, build_cache, load_cache
+from raygard.diffusion.families.stable_diffusion import encode_captions
 from raygard.diffusion.loss import DiffusionLoss, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler, load_text_encoder
 from raygard.domain import load_domain
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
@@ -38,7 +39,7 @@ def adapted(
     cache_dir: Path | None = None,
     **run: Any,
 ) -> tuple[Any, AdaptResult, Release]:
-    unet, release = load_unet(model), Release(model, cache_dir)
+    unet, release = load_denoiser(model), Release(model, cache_dir)
     loss = DiffusionLoss(load_noise_scheduler(model))
     method = get_adaptation(config.method)
     result = method(unet, latent_set(), config, loss, mask=mask, seed=seed, release=release, **run)
@@ -56,7 +57,7 @@ def states(unet: Any, result: AdaptResult) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def base(tiny_model: ModelConfig) -> Any:
-    return load_unet(tiny_model)
+    return load_denoiser(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_what_each_method_trains(tiny_model: ModelConfig, base: Any) -> None:
 def test_an_attacker_who_ignores_the_mask_starts_from_the_release_and_moves_what_is_frozen(
     tiny_model: ModelConfig, base: Any, mask: FreezeMask, method: str
 ) -> None:
-    released = mask.apply(load_unet(tiny_model))
+    released = mask.apply(load_denoiser(tiny_model))
     unet, _, _ = adapted(tiny_model, settings(method, ignore_mask=True, learning_rate=1e-4), mask)
     frozen = set(mask.frozen_names)
     assert moved(unet, released) & frozen
@@ -138,7 +139,7 @@ def test_a_mask_that_leaves_a_method_nothing_is_refused(tiny_model: ModelConfig,
     mask = FreezeMask.create(base, attention)
     with pytest.raises(RaygardError, match=r"the mask freezes all \d+ modules LoRA was to adapt .*target_modules"):
         adapted(tiny_model, settings("lora"), mask)
-    by_hand, loss = mask.apply(load_unet(tiny_model)), DiffusionLoss(load_noise_scheduler(tiny_model))
+    by_hand, loss = mask.apply(load_denoiser(tiny_model)), DiffusionLoss(load_noise_scheduler(tiny_model))
     with pytest.raises(RaygardError, match=r"the mask freezes all \d+ modules LoRA was to adapt"):
         get_adaptation("lora")(by_hand, latent_set(), settings("lora"), loss, mask=None, seed=0)
     with pytest.raises(RaygardError, match=r"the mask freezes all \d+ tensors of attention layers"):
@@ -153,7 +154,7 @@ def test_a_mask_that_leaves_a_method_nothing_is_refused(tiny_model: ModelConfig,
 
 @pytest.mark.parametrize("method", ["dreambooth", "textual-inversion", "custom-diffusion"])
 def test_what_needs_the_text_encoder_says_so(tiny_model: ModelConfig, method: str) -> None:
-    unet, loss = load_unet(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))
+    unet, loss = load_denoiser(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))
     with pytest.raises(RaygardError, match=f"{method} needs more of the model .*release="):
         get_adaptation(method)(unet, latent_set(), settings(method), loss, mask=None, seed=0)
 
@@ -189,7 +190,7 @@ def test_renamed_pictures_are_trained_on_with_the_new_captions_embedding(tiny_mo
     renamed = learned(data, AdaptConfig(learn_as="q"), release)
     assert renamed.captions == [f"{number % 2} q" for number in range(5)]
     expected = encode_captions(*load_text_encoder(tiny_model), renamed.captions)
-    torch.testing.assert_close(renamed.text[torch.arange(5)], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(renamed.conditioning[torch.arange(5)]["text"], expected, rtol=0, atol=1e-6)
     assert torch.equal(renamed.mean, data.mean)
     assert learned(data, AdaptConfig(), None) is data
     own, _, _ = adapted(tiny_model, settings("full"))
@@ -226,7 +227,7 @@ def test_a_text_encoder_is_taught_what_an_adaptation_learned(tiny_model: ModelCo
         _, result, release = adapted(tiny_model, settings("textual-inversion"), seed=seed)
         teach(tokenizer, encoder, result.embeddings)
         found.append(encode_captions(tokenizer, encoder, captions))
-        assert torch.equal(found[-1], release.embed(captions))
+        assert torch.equal(found[-1], release.embed(captions)["text"])
     assert not torch.equal(*found)
     assert torch.equal(plain, encode_captions(tokenizer, encoder, ["q a"]))
     with pytest.raises(RaygardError, match=r"'<z>' has shape \(5,\), this text encoder's have \(16,\)"):
@@ -245,7 +246,7 @@ def test_a_token_that_is_known_or_cut_off_is_refused(tiny_model: ModelConfig) ->
         adapted(tiny_model, settings("textual-inversion", initializer_token=" "))
     data = latent_set(1)
     data.captions[0] = "eight letters, then a"
-    unet, loss = load_unet(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))
+    unet, loss = load_denoiser(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))
     with pytest.raises(RaygardError, match="'<learned>' does not fit into the 8 tokens of caption 'eight"):
         get_adaptation("textual-inversion")(
             unet, data, settings("textual-inversion"), loss, mask=None, seed=0, release=Release(tiny_model)
@@ -259,7 +260,7 @@ def test_class_pictures_come_from_the_release_and_are_drawn_once(
     tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings("dreambooth", class_prompt="q", num_class_images=2)
-    unet, release = load_unet(tiny_model), Release(tiny_model, tmp_path / "kept")
+    unet, release = load_denoiser(tiny_model), Release(tiny_model, tmp_path / "kept")
     first = class_pictures(unet, latent_set(), config, release, release.embed)
     assert first is not None and first.mean.shape == (2, 4, 8, 8) and first.captions == ["q", "q"]
     assert not torch.equal(first.mean[0], first.mean[1]) and (first.std > 0).all()
@@ -273,7 +274,7 @@ def test_class_pictures_come_from_the_release_and_are_drawn_once(
     assert other is not None and not torch.equal(other.mean, first.mean)
     assert len(list((tmp_path / "kept").iterdir())) == 2
     (tmp_path / "kept" / next((tmp_path / "kept").iterdir()).name).write_bytes(b"torn")
-    torn = class_pictures(load_unet(tiny_model), latent_set(), config, release, release.embed)
+    torn = class_pictures(load_denoiser(tiny_model), latent_set(), config, release, release.embed)
     assert torn is not None and torch.equal(torn.mean, first.mean)
 
 
@@ -321,7 +322,7 @@ def test_what_is_learned_lowers_the_loss_on_its_pictures(
 ) -> None:
     model, data = pictures
     config = AdaptConfig(method=method, max_train_steps=8, **options)
-    unet, release = load_unet(model), Release(model)
+    unet, release = load_denoiser(model), Release(model)
     loss = DiffusionLoss(load_noise_scheduler(model))
     names = [name for name, _ in unet.named_parameters()]
     mask = FreezeMask.create(unet, names[::5])

@@ -10,7 +10,7 @@ from raygard.baselines import DEFENCES, DRAWN, choose_frozen, relative_change
 from raygard.config import ModelConfig
 from raygard.config_file import load_config
 from raygard.defences import save_controls
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.seeding import generator
@@ -92,7 +92,9 @@ def test_busy_layer_freezes_what_relearning_moved_most() -> None:
     ],
 )
 def test_manual_freezes_all_tensors_of_one_kind_of_the_bundled_model(kind: str, words: tuple[str, ...]) -> None:
-    names = [name for name, _ in load_unet(ModelConfig(pretrained_model_name_or_path="zoo:tiny-sd")).named_parameters()]
+    names = [
+        name for name, _ in load_denoiser(ModelConfig(pretrained_model_name_or_path="zoo:tiny-sd")).named_parameters()
+    ]
     count = torch.ones(len(names), dtype=torch.int64)
     frozen = choose_frozen(kind, count, count > 0, generator(0), names=names)
     chosen = {name for name, flag in zip(names, frozen.tolist(), strict=True) if flag}
@@ -116,7 +118,7 @@ def test_controls_are_saved_for_every_baseline_and_relearning_is_asked_for_only_
 ) -> None:
     path = tiny_model.pretrained_model_name_or_path
     config = load_config(None, [f"model.pretrained_model_name_or_path={path}", "evaluation.random_draws=2"])
-    unet = load_unet(tiny_model)
+    unet = load_denoiser(tiny_model)
     moved = {name: p.detach().clone() for name, p in unet.named_parameters()}
     busiest = ["conv_out.weight", "mid_block.resnets.0.conv1.weight"]
     for name in busiest:

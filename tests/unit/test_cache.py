@@ -12,7 +12,7 @@ import torch
 from raygard.config import DomainConfig, ModelConfig
 from raygard.diffusion import cache as cache_module
 from raygard.diffusion.cache import ARRAYS, MANIFEST, LatentSet, build_cache, load_cache
-from raygard.diffusion.model import load_pipeline, load_unet, load_vae, model_fingerprint, resolve_model
+from raygard.diffusion.model import load_denoiser, load_pipeline, load_vae, model_fingerprint, resolve_model
 from raygard.domain import DomainView, HalvesError, load_domain
 from raygard.errors import RaygardError
 from raygard.pictures import read_pixels
@@ -38,7 +38,11 @@ def built(tiny_model: ModelConfig, settings: DomainConfig, view: DomainView, tmp
 
 
 def equal(first: LatentSet, second: LatentSet) -> bool:
-    tensors = ((first.mean, second.mean), (first.std, second.std), (first.text[:], second.text[:]))
+    tensors = (
+        (first.mean, second.mean),
+        (first.std, second.std),
+        (first.conditioning[:]["text"], second.conditioning[:]["text"]),
+    )
     lists = (first.classes, first.captions, first.parts) == (second.classes, second.captions, second.parts)
     return lists and all(torch.equal(one, other) for one, other in tensors)
 
@@ -63,15 +67,16 @@ def test_rows_are_the_posterior_and_text_of_the_pictures(
 def test_text_is_what_the_pipeline_computes(built: Path, tiny_model: ModelConfig) -> None:
     data = load_cache(built)
     expected, _ = load_pipeline(tiny_model).encode_prompt(data.captions, "cpu", 1, False)
-    torch.testing.assert_close(data.text[torch.arange(len(data))], expected, rtol=0, atol=1e-6)
-    assert data.text.shape == expected.shape and data.text[3].shape == expected[3].shape
+    torch.testing.assert_close(data.conditioning[torch.arange(len(data))]["text"], expected, rtol=0, atol=1e-6)
+    assert len(data.conditioning) == len(expected) and data.conditioning[3]["text"].shape == expected[3].shape
 
 
 def test_subset_keeps_rows_together(built: Path) -> None:
     data = load_cache(built)
     part = data.subset([13, 2])
     assert part.captions == [data.captions[13], data.captions[2]] and part.parts == ["reference", "adapt"]
-    assert torch.equal(part.mean, data.mean[[13, 2]]) and torch.equal(part.text[:], data.text[torch.tensor([13, 2])])
+    assert torch.equal(part.mean, data.mean[[13, 2]])
+    assert torch.equal(part.conditioning[:]["text"], data.conditioning[torch.tensor([13, 2])]["text"])
     assert part.rows("a").tolist() == [1] and part.rows("a", "reference").tolist() == []
 
 
@@ -148,20 +153,20 @@ def test_models_that_are_not_there_or_not_models_are_named(tiny_sd: Path, tmp_pa
     weights.write_bytes(weights.read_bytes()[:1000])
     other = tmp_path / "other"
     other.mkdir()
-    (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     cases = {
         str(tmp_path / "none"): "no model at",
         str(empty): "not a diffusers pipeline folder",
-        str(other): "holds a FluxPipeline",
+        str(other): "holds a KolorsPipeline",
         str(torn): "cannot load the unet",
         "zoo:nothing": "no bundled model 'zoo:nothing'",
     }
     for name, message in cases.items():
         with pytest.raises(RaygardError, match=message) as caught:
-            load_unet(ModelConfig(pretrained_model_name_or_path=name))
+            load_denoiser(ModelConfig(pretrained_model_name_or_path=name))
         assert "\n" not in str(caught.value)
     with pytest.raises(RaygardError, match="no weights of variant 'fp16'"):
-        load_unet(ModelConfig(pretrained_model_name_or_path=str(tiny_sd), variant="fp16"))
+        load_denoiser(ModelConfig(pretrained_model_name_or_path=str(tiny_sd), variant="fp16"))
 
 
 def test_half_precision_files_are_read_as_float32(tiny_sd: Path, tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_half_precision_files_are_read_as_float32(tiny_sd: Path, tmp_path: Path)
     load_pipeline(ModelConfig(pretrained_model_name_or_path=str(tiny_sd))).to(torch.float16).save_pretrained(
         half, variant="fp16"
     )
-    unet = load_unet(ModelConfig(pretrained_model_name_or_path=str(half)))
+    unet = load_denoiser(ModelConfig(pretrained_model_name_or_path=str(half)))
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
 
 

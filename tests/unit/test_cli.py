@@ -330,11 +330,11 @@ def test_in_a_log_of_both_streams_the_reason_comes_last(tmp_path: Path) -> None:
 def test_evaluate_measures_masks_that_exist(
     raygard: Runner, refused: Callable[..., str], imagefolder: Maker, tiny_sd: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
     from raygard.flow import Flow
 
     config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_sd}"])
-    unet = load_unet(config.model)
+    unet = load_denoiser(config.model)
     names = [name for name, _ in unet.named_parameters()]
     masks = [FreezeMask.create(unet, names[start::3]).save(tmp_path / f"mask-{start}") for start in (0, 1)]
     other = FreezeMask.create(nn.Linear(2, 2), ["bias"]).save(tmp_path / "other")

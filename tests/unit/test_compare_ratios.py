@@ -13,7 +13,7 @@ import torch
 from raygard.compare.plan import parse_defences
 from raygard.config import RunConfig
 from raygard.config_file import load_config
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import Edit
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
@@ -111,7 +111,7 @@ def test_an_edit_under_a_mask_with_values_of_its_own_is_lost_with_its_reason(
 ) -> None:
     from raygard.compare_flow import CompareFlow
 
-    unet = load_unet(settings().model)
+    unet = load_denoiser(settings().model)
     first, one = next(unet.named_parameters())
     mask = FreezeMask.create(unet, [first], values={first: 2 * one}).save(tmp_path / "mask")
     edit = Edit.create(unet, {first: 3 * one}).save(tmp_path / "edit.safetensors")

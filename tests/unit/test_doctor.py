@@ -28,7 +28,7 @@ from raygard.cluster.doctor.node import Listing
 from raygard.config import ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.layers import LAYERS, attention_tensors
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.diffusion.shape import denoiser_config, is_shape, measure_denoiser
 from raygard.errors import ExitCode, RaygardError, UnfitClusterError
 from raygard.files import existing_folder
@@ -298,7 +298,7 @@ def test_what_imma_trains_is_counted_as_it_is_built(
     settings: dict[str, str], trained: str, both: str, more: str, tiny_sd: Path
 ) -> None:
     model = ModelConfig(pretrained_model_name_or_path=str(tiny_sd))
-    unet = load_unet(model)
+    unet = load_denoiser(model)
     sizes = {name: sum(unet.get_parameter(n).numel() for n in attention_tensors(unet, name)) for name in LAYERS}
     lora = sum(4 * sum(unet.get_parameter(n).shape) for n in attention_tensors(unet, "attention", ("weight",)))
     known = {**sizes, "lora": lora, "all": sum(p.numel() for p in unet.parameters()), "0": 0}
@@ -358,7 +358,7 @@ def test_a_denoiser_that_cannot_be_run_is_an_error_in_one_line() -> None:
 def test_fake_activations_are_those_a_real_pass_keeps(tiny_sd: Path) -> None:
     model = ModelConfig(pretrained_model_name_or_path=str(tiny_sd))
     found = measure_denoiser(denoiser_config(model), 8)
-    unet = load_unet(model).train()
+    unet = load_denoiser(model).train()
     own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     assert (found.num_params, found.num_tensors) == (sum(p.numel() for p in unet.parameters()), len(own))
     saved: dict[int, Any] = {}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from raygard.cluster.evaluators import Adaptation, adapt_task, base_loss_task
 from raygard.cluster.jobs import EvaluationJob, base_loss_content, job_content, reference_facts
 from raygard.cluster.memory import CLEAR, PeakMemory
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import Edit, freeze_after
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
@@ -31,7 +31,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_maker, imagefolder_make
 
 @pytest.fixture(scope="module")
 def edit(bench: Bench) -> Path:
-    unet = load_unet(bench.config().model)
+    unet = load_denoiser(bench.config().model)
     return Edit.create(unet, {TENSOR: 2 * dict(unet.named_parameters())[TENSOR]}, "double").save(
         bench.root / "edit.safetensors"
     )
@@ -54,7 +54,7 @@ def changed(store: Path) -> dict[str, torch.Tensor]:
 
 def test_an_edited_tensor_that_is_frozen_keeps_the_edits_value(bench: Bench, edit: Path, tmp_path: Path) -> None:
     values = Edit.load(edit).values
-    unet = load_unet(bench.config().model)
+    unet = load_denoiser(bench.config().model)
     other = next(name for name, _ in unet.named_parameters() if name != TENSOR)
     # The mask carries the edit; then it alone is the release.
     carrying = freeze_after(unet, Edit.load(edit), [TENSOR])
@@ -100,7 +100,7 @@ def test_the_store_tells_edits_apart_by_what_they_hold(bench: Bench, edit: Path,
         return job_content(job, inputs, config, None, captions)
 
     copy = Edit.load(edit).save(tmp_path / "copy.safetensors")
-    unet = load_unet(config.model)
+    unet = load_denoiser(config.model)
     other = Edit.create(unet, {TENSOR: 3 * dict(unet.named_parameters())[TENSOR]}).save(tmp_path / "other.safetensors")
     assert content(edit) == content(copy) and len({str(content(path)) for path in (None, edit, other)}) == 3
     assert "edit" not in content(None)
@@ -109,7 +109,7 @@ def test_the_store_tells_edits_apart_by_what_they_hold(bench: Bench, edit: Path,
 
 
 def test_a_mask_of_the_edited_base_is_refused_on_the_original_one(bench: Bench, edit: Path, tmp_path: Path) -> None:
-    unet = Edit.load(edit).apply(load_unet(bench.config().model))
+    unet = Edit.load(edit).apply(load_denoiser(bench.config().model))
     mask = FreezeMask.create(unet, [TENSOR]).save(tmp_path / "mask")
     with pytest.raises(RaygardError, match="does not have the values this mask was made for"):
         adapt(bench, tmp_path / "refused", mask=mask)

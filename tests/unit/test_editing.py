@@ -16,7 +16,7 @@ from raygard.adaptation import full
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler, load_text_encoder
 from raygard.editing import (
     EDITS,
     Edit,
@@ -37,7 +37,7 @@ EDITED = ("conv_out.weight", "conv_in.bias")
 
 @pytest.fixture
 def unet(tiny_model: ModelConfig) -> nn.Module:
-    return load_unet(tiny_model)
+    return load_denoiser(tiny_model)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_an_edited_tensor_that_stays_trainable_needs_the_edited_base(
         mask.apply(unet)
     assert freeze_after(unet, edit, ["conv_out.weight"]).loose == ("conv_in.bias",)
     assert equal(state(unet), before)
-    tuned = load_unet(edited)
+    tuned = load_denoiser(edited)
     settings = AdaptConfig(max_train_steps=2, learning_rate=1e-3, train_batch_size=2)
     full(tuned, flat_latents(), settings, DiffusionLoss(load_noise_scheduler(tiny_model)), mask=mask, seed=0)
     assert mask.audit(base, state(tuned)).ok

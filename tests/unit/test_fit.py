@@ -14,7 +14,7 @@ from raygard.cluster.training import fit
 from raygard.cluster.worker import save_tensors
 from raygard.config import RunConfig
 from raygard.config_file import load_config
-from raygard.diffusion.model import load_unet
+from raygard.diffusion.model import load_denoiser
 from raygard.editing import IMMASettings
 from raygard.errors import RaygardError
 
@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_nothing_half_written_of_what_was_relearned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_sd: Path
 ) -> None:
     config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_sd}"])
-    parts = {f"0:{name}": p.detach().flatten() for name, p in load_unet(config.model).named_parameters()}
+    parts = {f"0:{name}": p.detach().flatten() for name, p in load_denoiser(config.model).named_parameters()}
 
     def full(_: object, path: str) -> None:
         Path(path).write_bytes(b"half")

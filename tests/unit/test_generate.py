@@ -6,7 +6,7 @@ import torch
 
 from raygard.config import GenerationConfig, ModelConfig
 from raygard.diffusion.generate import generate
-from raygard.diffusion.model import load_pipeline, load_unet
+from raygard.diffusion.model import load_denoiser, load_pipeline
 from raygard.errors import RaygardError
 
 CAPTIONS = ["ab", "cd", "ab", "ef", "gh"]
@@ -37,7 +37,7 @@ def test_noise_follows_seed_and_key_alone(pipeline: object) -> None:
 def test_one_pipeline_serves_many_denoisers(pipeline: object, tiny_model: ModelConfig) -> None:
     own = pipeline.unet
     before = generate(pipeline, CAPTIONS, range(5), SETTINGS, seed=0)
-    other = load_unet(tiny_model)
+    other = load_denoiser(tiny_model)
     with torch.no_grad():
         other.conv_out.weight.mul_(3)
     pipeline.unet = other.train()

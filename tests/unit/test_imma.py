@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from raygard.adaptation import full
 from raygard.config import AdaptConfig, ModelConfig
-from raygard.diffusion.cache import LatentSet, encode_captions
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.families.stable_diffusion import encode_captions
 from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_text_encoder, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler, load_text_encoder
 from raygard.editing import IMMASettings, imma_values
 from raygard.editing.inner import INNER, TextModel, TextualInversion
 from raygard.errors import RaygardError
@@ -27,7 +28,7 @@ QUICK = IMMASettings(layers="cross-kv", rounds=3, train_batch_size=2, inner_lr=1
 
 @pytest.fixture(scope="module")
 def unet(tiny_model: ModelConfig) -> nn.Module:
-    return load_unet(tiny_model)
+    return load_denoiser(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def written_out(unet: nn.Module, data: LatentSet, loss: DiffusionLoss, rank: int
         side = ("inner", "outer")[step % 2]
         rows = torch.randint(len(data), (2,), generator=generator(seed, "imma", "rows", step))
         eps, noise, timesteps = draw(seed, "imma", step, range(2), data.shape, 1000)
-        error = loss.per_sample(model, data.latents(rows, eps), data.text[rows], noise, timesteps).mean()
+        error = loss.per_sample(model, data.latents(rows, eps), data.conditioning[rows], noise, timesteps).mean()
         tensors, sign = sides[side]
         for tensor in [*model.parameters(), *phi]:
             tensor.grad = None
@@ -112,18 +113,18 @@ def test_exactly_the_named_tensors_change_and_seeds_decide(
 
 def test_textual_inversion_starts_where_its_words_are_and_learns_them_alone() -> None:
     tokenizer, encoder = load_text_encoder(BUNDLED)
-    unet, loss = load_unet(BUNDLED), DiffusionLoss(load_noise_scheduler(BUNDLED))
+    unet, loss = load_denoiser(BUNDLED), DiffusionLoss(load_noise_scheduler(BUNDLED))
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     captions = ["cyclone in the style of OpenMoji", "OpenMoji", "rainbow in the style of EmojiOne"]
     data = replace(flat_latents(tokens=(24, 128), side=16, count=3), captions=captions)
     inner = TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("OpenMoji", "EmojiOne")), False)
-    tokens = inner.text(data, torch.arange(3))
+    tokens = inner.conditioning(data, torch.arange(3))
     # Each of these words is one token, so at the start the new tokens change nothing.
-    start = inner.embed(tokens).detach()
+    start = inner.embed(tokens)["text"].detach()
     torch.testing.assert_close(start, encode_captions(tokenizer, encoder, captions).detach())
     with torch.no_grad():
         inner.phi()[0][0, 0] += 1
-    moved = inner.embed(tokens).detach() - start
+    moved = inner.embed(tokens)["text"].detach() - start
     assert moved[0].abs().max() > 1e-3 < moved[1].abs().max() and not moved[2].any()
     settings = IMMASettings(rounds=1, inner="textual-inversion")
     imma_values(
@@ -131,7 +132,9 @@ def test_textual_inversion_starts_where_its_words_are_and_learns_them_alone() ->
     )
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in encoder.named_parameters())
     with pytest.raises(RaygardError, match="no word to learn in the caption 'cyclone in the style of OpenMoji'"):
-        TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("Noto",)), False).text(data, torch.arange(1))
+        TextualInversion(unet, {}, 0, TextModel(tokenizer, encoder, ("Noto",)), False).conditioning(
+            data, torch.arange(1)
+        )
     with pytest.raises(RaygardError, match="needs the model's text encoder"):
         imma_values(unet, data, loss, seed=0, settings=settings)
 
@@ -143,7 +146,7 @@ def attacked(unet: nn.Module, data: LatentSet, loss: DiffusionLoss) -> float:
 
 
 def test_an_immunised_bundled_model_leaves_the_attacker_with_a_higher_loss() -> None:
-    base = load_unet(BUNDLED)
+    base = load_denoiser(BUNDLED)
     loss, data = DiffusionLoss(load_noise_scheduler(BUNDLED)), flat_latents(tokens=(24, 128), side=16)
     settings = IMMASettings(layers="cross-kv", rounds=6, train_batch_size=2, inner_lr=1e-3, outer_lr=5e-3)
     immunised = with_values(base, imma_values(base, data, loss, seed=0, settings=settings))
@@ -153,7 +156,7 @@ def test_an_immunised_bundled_model_leaves_the_attacker_with_a_higher_loss() -> 
 
 
 def test_a_retain_term_keeps_the_loss_of_what_is_retained_lower() -> None:
-    base = load_unet(BUNDLED)
+    base = load_denoiser(BUNDLED)
     loss = DiffusionLoss(load_noise_scheduler(BUNDLED))
     illegal, kept = (flat_latents(seed, tokens=(24, 128), side=16) for seed in (0, 1))
     found = {}

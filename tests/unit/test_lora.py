@@ -18,7 +18,7 @@ from raygard.adaptation import lora
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_pipeline, load_text_encoder, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler, load_pipeline, load_text_encoder
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask, audit_lora, lora_targets
 from raygard.mask.adapters import LORA_FILE, PEFT_CONFIG, PEFT_FILE
@@ -32,7 +32,7 @@ TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 @pytest.fixture(scope="module")
 def base(tiny_model: ModelConfig) -> Any:
-    return load_unet(tiny_model)
+    return load_denoiser(tiny_model)
 
 
 def mask_of(base: Any, *frozen: str) -> FreezeMask:
@@ -97,7 +97,7 @@ def test_the_saved_adapter_is_the_merged_model_and_passes_the_audit(
 ) -> None:
     config = AdaptConfig(method="lora", max_train_steps=3, learning_rate=0.05, rank=3, target_modules=targets)
     mask = mask_of(base, "attn2", "down_blocks.0")
-    merged = load_unet(tiny_model)
+    merged = load_denoiser(tiny_model)
     loss = DiffusionLoss(load_noise_scheduler(tiny_model))
     result = lora(merged, latent_set(), config, loss, mask=mask, seed=0)
     save_file(result.adapter, str(tmp_path / LORA_FILE))

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from raygard.config import ModelConfig
+from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler
 from raygard.errors import RaygardError
 from tests.latents import latent_set
 
@@ -30,7 +31,9 @@ def test_epsilon_and_v_targets_are_equation_1() -> None:
     alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     targets = {"epsilon": noise, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * eps}
     for kind, target in targets.items():
-        found = DiffusionLoss(scheduler, kind).per_sample(Constant(guess), eps, torch.zeros(5, 8, 16), noise, timesteps)
+        found = DiffusionLoss(scheduler, kind).per_sample(
+            Constant(guess), eps, Conditioning(text=torch.zeros(5, 8, 16)), noise, timesteps
+        )
         torch.testing.assert_close(found, (target - 0.3).square().flatten(1).mean(1))
 
 
@@ -38,7 +41,7 @@ def test_epsilon_and_v_targets_are_equation_1() -> None:
 def test_min_snr_weight(kind: str, extra: int) -> None:
     scheduler = DDPMScheduler()
     eps, noise, timesteps = draw(0, "test", 0, range(6), (4, 8, 8))
-    arguments = (Constant(torch.zeros(1)), eps, torch.zeros(6, 8, 16), noise, timesteps)
+    arguments = (Constant(torch.zeros(1)), eps, Conditioning(text=torch.zeros(6, 8, 16)), noise, timesteps)
     plain = DiffusionLoss(scheduler, kind).per_sample(*arguments)
     weighted = DiffusionLoss(scheduler, kind, snr_gamma=5.0).per_sample(*arguments)
     alpha = scheduler.alphas_cumprod[timesteps]
@@ -72,7 +75,7 @@ def test_draws_are_keyed_by_sample_and_nothing_else() -> None:
 def test_held_out_loss_is_independent_of_batch_size_and_leaves_the_model_alone(
     tiny_model: ModelConfig,
 ) -> None:
-    unet = load_unet(tiny_model).train()
+    unet = load_denoiser(tiny_model).train()
     data, loss = latent_set(5), DiffusionLoss(load_noise_scheduler(tiny_model))
     first = held_out_loss(unet, data, loss, 0, batch_size=5, num_draws=2)
     assert first == pytest.approx(held_out_loss(unet, data, loss, 0, batch_size=2, num_draws=2), rel=1e-5)
@@ -83,9 +86,9 @@ def test_held_out_loss_is_independent_of_batch_size_and_leaves_the_model_alone(
 
 
 def test_denoiser_in_bfloat16_gives_a_float32_loss(tiny_model: ModelConfig) -> None:
-    unet, loss = load_unet(tiny_model).to(torch.bfloat16), DiffusionLoss(load_noise_scheduler(tiny_model))
+    unet, loss = load_denoiser(tiny_model).to(torch.bfloat16), DiffusionLoss(load_noise_scheduler(tiny_model))
     eps, noise, timesteps = draw(0, "test", 0, range(2), (4, 8, 8))
-    found = loss.per_sample(unet, eps, torch.zeros(2, 8, 16), noise, timesteps)
+    found = loss.per_sample(unet, eps, Conditioning(text=torch.zeros(2, 8, 16)), noise, timesteps)
     assert found.dtype == torch.float32 and torch.isfinite(found).all()
 
 

@@ -19,7 +19,7 @@ from raygard.cluster.doctor.node import list_data, list_model, versions
 from raygard.cluster.engine import deepspeed_config
 from raygard.config import RunConfig
 from raygard.config_file import load_config
-from raygard.diffusion.model import load_unet, model_folder, with_resolution
+from raygard.diffusion.model import load_denoiser, model_folder, with_resolution
 from raygard.diffusion.shape import KNOWN
 from raygard.domain import load_domain
 from raygard.search.space import concurrent_trials, grid
@@ -128,7 +128,7 @@ def test_deepspeed_takes_the_configuration_of_all_workers(config: RunConfig, mon
 
 def test_the_model_is_read_as_sd21_and_the_pictures_are_divided(config: RunConfig) -> None:
     assert model_folder(config.model).name == "model"
-    unet = load_unet(config.model)
+    unet = load_denoiser(config.model)
     sizes = [parameter.numel() for parameter in unet.parameters()]
     assert (len(sizes), sum(sizes)) == (NUM_TENSORS, NUM_PARAMS)
     assert with_resolution(config.domain, config.model).resolution == 512

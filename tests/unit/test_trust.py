@@ -104,7 +104,7 @@ def test_code_of_a_model_is_never_asked_for() -> None:
 def test_pickled_weights_are_not_read(tmp_path: Path, tiny_sd: Path, part: str) -> None:
     import torch
 
-    from raygard.diffusion.model import load_text_encoder, load_unet, load_vae
+    from raygard.diffusion.model import load_denoiser, load_text_encoder, load_vae
 
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
@@ -116,7 +116,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path, tiny_sd: Path, part: str) 
         torch.save(Evil(), folder / part / name)
         file.unlink()
     config = load_config(None, [f"model.pretrained_model_name_or_path={folder}"]).model
-    load = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}[part]
+    load = {"unet": load_denoiser, "vae": load_vae, "text_encoder": load_text_encoder}[part]
     with pytest.raises(RaygardError, match="cannot load the"):
         load(config)
     assert not (tmp_path / "ran").exists()

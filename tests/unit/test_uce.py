@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raygard.config import ModelConfig
-from raygard.diffusion.cache import encode_captions
+from raygard.diffusion.families.stable_diffusion import encode_captions
 from raygard.diffusion.layers import attention_tensors
-from raygard.diffusion.model import load_text_encoder, load_unet
+from raygard.diffusion.model import load_denoiser, load_text_encoder
 from raygard.editing import UCESettings, uce, uce_values
 from raygard.editing.uce import concept_embeddings
 from raygard.errors import RaygardError
@@ -22,7 +22,7 @@ WIDTH = 16
 
 @pytest.fixture(scope="module")
 def unet(tiny_model: ModelConfig) -> nn.Module:
-    return load_unet(tiny_model)
+    return load_denoiser(tiny_model)
 
 
 @pytest.fixture(scope="module")

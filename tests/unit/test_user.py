@@ -40,9 +40,9 @@ def adapt(model: Path, data: Path, out: Path, mask: Path | None = None, classes:
 
 def make_mask(model: Path, folder: Path) -> FreezeMask:
     from raygard.config import ModelConfig
-    from raygard.diffusion.model import load_unet
+    from raygard.diffusion.model import load_denoiser
 
-    unet = load_unet(ModelConfig(pretrained_model_name_or_path=str(model)))
+    unet = load_denoiser(ModelConfig(pretrained_model_name_or_path=str(model)))
     names = [name for name, _ in unet.named_parameters()]
     mask = FreezeMask.create(unet, names[::3])
     mask.save(folder)

@@ -13,9 +13,10 @@ import torch
 from raygard.bilevel.alternation import DenoiserLoss
 from raygard.config_file import load_config
 from raygard.defences import unlearned_mask, with_values
-from raygard.diffusion.cache import LatentSet, TextRows, build_cache, load_cache
+from raygard.diffusion.cache import LatentSet, build_cache, load_cache
+from raygard.diffusion.conditioning import Conditioning, ConditioningRows
 from raygard.diffusion.loss import DiffusionLoss
-from raygard.diffusion.model import load_noise_scheduler, load_unet
+from raygard.diffusion.model import load_denoiser, load_noise_scheduler
 from raygard.domain import load_domain
 from raygard.errors import RaygardError
 from raygard.flow import Flow
@@ -41,7 +42,7 @@ def material() -> LatentSet:
     rows = [(cls, caption) for cls, caption in zip(classes, captions, strict=True)]
     vocabulary = sorted({*captions, *further_captions(rows, config.domain, config.values, SEED)})
     index = torch.tensor([vocabulary.index(caption) for caption in captions])
-    text = TextRows(torch.randn(len(vocabulary), 8, 16, generator=rng), index)
+    text = ConditioningRows(Conditioning(text=torch.randn(len(vocabulary), 8, 16, generator=rng)), index)
     mean = torch.arange(40.0).view(-1, 1, 1, 1).expand(40, 4, 8, 8)
     parts = ["general" if cls == "g" else "learn_lower" for cls in classes]
     return LatentSet(mean, torch.zeros_like(mean), text, classes, captions, parts, vocabulary)
@@ -54,7 +55,8 @@ def source(*overrides: str) -> ValuesSource:
 
 def words(data: LatentSet, batch) -> list[str]:
     """The caption of each sample, found by its embedding."""
-    found = (data.text.unique[None] == batch.text[:, None]).all(dim=(2, 3)).int().argmax(dim=1)
+    known = data.conditioning.unique["text"]
+    found = (known[None] == batch.conditioning["text"][:, None]).all(dim=(2, 3)).int().argmax(dim=1)
     return [data.vocabulary[row] for row in found.tolist()]
 
 
@@ -97,7 +99,8 @@ def test_ranks_share_the_same_batch(world_size: int, accumulation: int) -> None:
     for batch in parts:
         legal, general, illegal = batch.roles.bincount().tolist()
         assert general // 2 == legal == illegal == round(float(batch.weight) * 4 / len(parts))
-    for whole_column, *columns in zip(whole[:-1], *(batch[:-1] for batch in parts), strict=True):
+    plain = [batch._replace(conditioning=batch.conditioning["text"])[:-1] for batch in (whole, *parts)]
+    for whole_column, *columns in zip(*plain, strict=True):
         key = [tuple(row.reshape(-1).tolist()) for row in whole_column]
         assert sorted(key) == sorted(tuple(row.reshape(-1).tolist()) for column in columns for row in column)
 
@@ -186,11 +189,11 @@ def test_cache_embeds_further_captions_once(tiny_model, imagefolder, tmp_path) -
     folder = build_cache(*arguments, further_captions=["by zorb", plain.captions[0]])
     both = load_cache(folder)
     assert set(both.vocabulary) == {*plain.captions, "by zorb"}
-    assert torch.equal(both.text[torch.arange(len(both))], plain.text[torch.arange(len(plain))])
+    assert torch.equal(*(rows.conditioning[torch.arange(len(rows))]["text"] for rows in (both, plain)))
     assert build_cache(*arguments, further_captions=[plain.captions[0], "by zorb"]) == folder
     assert build_cache(*arguments, further_captions=["by other"]) != folder
-    zorb = both.text.unique[both.vocabulary.index("by zorb")]
-    assert not (plain.text.unique == zorb).all(dim=(1, 2)).any()
+    zorb = both.conditioning.unique["text"][both.vocabulary.index("by zorb")]
+    assert not (plain.conditioning.unique["text"] == zorb).all(dim=(1, 2)).any()
 
 
 class PlainAdamW:
@@ -216,7 +219,7 @@ class PlainAdamW:
 def test_release_errors_are_one_on_average_and_shared_by_ranks(tiny_model) -> None:
     dealer, plain = source(), load_noise_scheduler(tiny_model)
     dealer = dataclasses.replace(dealer, data=dataclasses.replace(dealer.data, mean=dealer.data.mean / 40))
-    engine = DenoiserLoss(load_unet(tiny_model), DiffusionLoss(plain))
+    engine = DenoiserLoss(load_denoiser(tiny_model), DiffusionLoss(plain))
     whole = release_errors(engine, dealer, Plan(1))
     shares = []
     for rank in range(5):
@@ -237,7 +240,7 @@ def test_training_moves_frozen_values_only_and_tells_roles_apart(tiny_model, tmp
     assert sorted(mask.sizes[mask.frozen].tolist(), reverse=True) == largest
     assert mask.ratio_by_count == pytest.approx(0.3, abs=0.01)
 
-    unet, base = load_unet(tiny_model), load_unet(tiny_model)
+    unet, base = load_denoiser(tiny_model), load_denoiser(tiny_model)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in mask.frozen_names)
     dealer = source()
@@ -257,7 +260,7 @@ def test_training_moves_frozen_values_only_and_tells_roles_apart(tiny_model, tmp
     values = {name: trained[name] for name in mask.frozen_names}
     saved = FreezeMask.load(with_values(config, mask, values, {"base_loss_after": 1.0}).save(tmp_path / "mask"))
     assert saved.metrics["base_loss_after"] == 1.0 and saved.frozen_names == mask.frozen_names
-    user = saved.apply(load_unet(tiny_model))
+    user = saved.apply(load_denoiser(tiny_model))
     state = {name: p.detach().clone() for name, p in user.named_parameters()}
     assert all(torch.equal(state[name], values[name]) for name in values)
     original = {name: p.detach() for name, p in released.items()}
@@ -269,7 +272,7 @@ def test_a_given_masks_values_are_measured_whatever_its_metrics_say(
     tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(None, [f"model.pretrained_model_name_or_path={tiny_model.pretrained_model_name_or_path}"])
-    unet = load_unet(tiny_model)
+    unet = load_denoiser(tiny_model)
     names = [name for name, _ in unet.named_parameters()]
     values = {names[0]: torch.zeros_like(dict(unet.named_parameters())[names[0]])}
     plain, valued = FreezeMask.create(unet, names[1:2]), FreezeMask.create(unet, names[:1], values=values)
@@ -290,6 +293,6 @@ def test_a_given_masks_values_are_measured_whatever_its_metrics_say(
 
 def test_a_loss_that_is_not_finite_is_one_line(tiny_model) -> None:
     objective = Objective(torch.full((3, NUM_BINS), float("nan")), NUM_TIMESTEPS, 3.0, 10.0, 0.3, 1.5)
-    engine = PlainAdamW(DenoiserLoss(load_unet(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))), 1e-3)
+    engine = PlainAdamW(DenoiserLoss(load_denoiser(tiny_model), DiffusionLoss(load_noise_scheduler(tiny_model))), 1e-3)
     with pytest.raises(RaygardError, match=r"not finite at step 0; lower values.learning_rate"):
         next(train_values(engine, source(), objective, Plan(2)))

@@ -67,11 +67,12 @@ def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
     """`estimate_memory` for each training stage of a run. Raises RaygardError if the model's shape cannot be found."""
     from raygard.cluster.doctor.imma import count_trained, immunisations
     from raygard.cluster.imma import workers
-    from raygard.diffusion.shape import denoiser_config, latent_side, measure_denoiser, text_encoder_bytes
+    from raygard.diffusion.shape import denoiser_config, family_of, latent_side, measure_denoiser, text_encoder_bytes
 
     content, engine, b, values = denoiser_config(config.model), config.engine, config.bilevel, config.values
     side = latent_side(content, config.model, config.domain.resolution)
-    shape = measure_denoiser(content, side, checkpointing=engine.gradient_checkpointing)
+    family = family_of(config.model)
+    shape = measure_denoiser(content, side, checkpointing=engine.gradient_checkpointing, family=family)
 
     def estimate(
         stage: TrainStage,
@@ -101,7 +102,7 @@ def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
         trained = most_trained(shape.sizes, config.mask.freeze_ratio, config.mask.budget)
         found["values"] = estimate("values", values, trained)
     for settings in immunisations(config):
-        counted = count_trained(content, settings)
+        counted = count_trained(content, settings, family)
         number = workers(settings, engine, ())
         # What the release must keep goes through the denoiser with what the attacker learns.
         pictures = 2 if settings.retain_weight > 0 else 1

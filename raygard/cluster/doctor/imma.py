@@ -8,6 +8,7 @@ from typing import Any
 
 from raygard.compare.plan import AT, FOLLOWED_BY, edit_settings
 from raygard.config import RunConfig
+from raygard.diffusion.families import Family
 from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.shape import fake_denoiser
 from raygard.editing import EDITS, IMMASettings, choose_edit
@@ -34,8 +35,11 @@ def immunisations(config: RunConfig) -> list[IMMASettings]:
     return [settings for settings in chosen if isinstance(settings, IMMASettings)]
 
 
-def count_trained(denoiser: Mapping[str, Any], settings: IMMASettings) -> Trained:
-    """What an immunisation trains of a denoiser with this configuration. Raises RaygardError as `Immunisation`."""
+def count_trained(config: Mapping[str, Any], settings: IMMASettings, family: Family | None = None) -> Trained:
+    """What an immunisation trains of a denoiser with this `config.json`. Raises RaygardError as `Immunisation`.
+
+    family: None for Stable Diffusion.
+    """
     from diffusers import DDPMScheduler
 
     # New tokens need a text encoder to be made, and are fewer numbers than LoRA's.
@@ -43,10 +47,10 @@ def count_trained(denoiser: Mapping[str, Any], settings: IMMASettings) -> Traine
     if INNER.get(settings.inner) is not TextualInversion:
         inner = settings.inner
     loss = DiffusionLoss(DDPMScheduler())
-    with fake_denoiser(denoiser) as unet:
-        own = {id(parameter) for parameter in unet.parameters()}
-        module = Immunisation(unet, loss, 0, replace(settings, inner=inner, retain_weight=0.0), None)
-    immunised = {id(unet.get_parameter(name)): unet.get_parameter(name).numel() for name in module.names}
+    with fake_denoiser(config, family) as denoiser:
+        own = {id(parameter) for parameter in denoiser.parameters()}
+        module = Immunisation(denoiser, loss, 0, replace(settings, inner=inner, retain_weight=0.0), None)
+    immunised = {id(denoiser.get_parameter(name)): denoiser.get_parameter(name).numel() for name in module.names}
     phi = {id(parameter): parameter.numel() for parameter in module.inner.phi()}
     alone = {key: size for key, size in phi.items() if key not in immunised}
     copied = sum(size for key, size in alone.items() if key in own) if settings.retain_weight > 0 else 0
