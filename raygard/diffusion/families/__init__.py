@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raygard.diffusion.families.base import Family, LossSettings
+from raygard.diffusion.families.sdxl import SDXL
 from raygard.diffusion.families.stable_diffusion import StableDiffusion
 from raygard.errors import RaygardError
 
@@ -40,3 +41,4 @@ def denoiser_folder(denoiser: object) -> str:
 
 
 register(StableDiffusion())
+register(SDXL())
