@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raygard.diffusion.families.base import Family, LossSettings
+from raygard.diffusion.families.flux import Flux
 from raygard.diffusion.families.sd3 import StableDiffusion3
 from raygard.diffusion.families.sdxl import SDXL
 from raygard.diffusion.families.stable_diffusion import StableDiffusion
@@ -44,3 +45,4 @@ def denoiser_folder(denoiser: object) -> str:
 register(StableDiffusion())
 register(SDXL())
 register(StableDiffusion3())
+register(Flux())
