@@ -18,87 +18,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
 
-from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS as TEXT_TOKENS
-from raygard.diffusion.families.stable_diffusion import StableDiffusion
-from raygard.diffusion.shape import measure
+from raygard.diffusion.shape import KNOWN, make_denoiser, measure, run_denoiser
 
 RESULTS = Path(__file__).parent / "results" / "denoisers.json"
-# unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it is not diffusers' default.
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-# transformer/config.json of black-forest-labs/FLUX.1-dev: diffusers' defaults, and guidance as an input.
-FLUX = {"guidance_embeds": True}
-FLUX_TEXT_TOKENS = 512
-
-
-def sd21(side: int) -> tuple[Any, Any]:
-    from diffusers import UNet2DConditionModel
-
-    def run(unet: Any) -> object:
-        return unet(torch.empty(1, 4, side, side), torch.zeros(1), torch.empty(1, TEXT_TOKENS, 1024))
-
-    return lambda: UNet2DConditionModel(**StableDiffusion.shapes["SD2.1-shape"]), run
-
-
-def sdxl(side: int) -> tuple[Any, Any]:
-    from diffusers import UNet2DConditionModel
-
-    def run(unet: Any) -> object:
-        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.zeros(1, 6)}
-        text = torch.empty(1, TEXT_TOKENS, 2048)
-        return unet(torch.empty(1, 4, side, side), torch.zeros(1), text, added_cond_kwargs=added)
-
-    return lambda: UNet2DConditionModel(**SDXL), run
-
-
-def flux(side: int) -> tuple[Any, Any]:
-    from diffusers import FluxTransformer2DModel
-
-    def run(transformer: Any) -> object:
-        # Flux takes two by two latents as one token.
-        tokens = (side // 2) ** 2
-        return transformer(
-            hidden_states=torch.empty(1, tokens, 64),
-            encoder_hidden_states=torch.empty(1, FLUX_TEXT_TOKENS, 4096),
-            pooled_projections=torch.empty(1, 768),
-            timestep=torch.zeros(1),
-            img_ids=torch.zeros(tokens, 3),
-            txt_ids=torch.zeros(FLUX_TEXT_TOKENS, 3),
-            guidance=torch.zeros(1),
-        )
-
-    return lambda: FluxTransformer2DModel(**FLUX), run
-
-
-# name: how it is made and run, latents' side, pixels.
+# name: known shape, latents' side, pixels.
 DENOISERS = {
-    "SD 2.1": (sd21, 64, 512),
-    "SDXL": (sdxl, 128, 1024),
-    "Flux.1-dev": (flux, 128, 1024),
+    "SD 2.1": ("SD2.1-shape", 64, 512),
+    "SDXL": ("SDXL-shape", 128, 1024),
+    "Flux.1-dev": ("Flux.1-dev-shape", 128, 1024),
 }
-
-
-def checkpointed(make: Any) -> Any:
-    def made() -> nn.Module:
-        module = make()
-        module.train()
-        module.enable_gradient_checkpointing()
-        return module
-
-    return made
 
 
 def forward_flops(make: Any, run: Any) -> int:
@@ -114,9 +43,16 @@ def forward_flops(make: Any, run: Any) -> int:
 
 
 def facts(name: str) -> dict[str, Any]:
-    denoiser, side, pixels = DENOISERS[name]
-    make, run = denoiser(side)
-    plain, kept = measure(make, run), measure(checkpointed(make), run)
+    shape, side, pixels = DENOISERS[name]
+    family = KNOWN[shape]
+
+    def make(checkpointing: bool = False) -> Any:
+        return make_denoiser(family, family.shapes[shape], checkpointing)
+
+    def run(denoiser: Any) -> object:
+        return run_denoiser(family, denoiser, side)
+
+    plain, kept = measure(make, run), measure(lambda: make(True), run)
     return {
         "pixels": pixels,
         "num_params": plain.num_params,

@@ -84,7 +84,8 @@ def doctor(
     """Can this cluster run the job that these settings describe? One line for each check; exit code 4 if one is red.
 
     Looks at every node: versions, resources, storage, /dev/shm, memory, MLflow, model and data. Long jobs do the same
-    before they start. `--model SD2.1-shape` or `SD1.5-shape` estimates the memory of a model that is not there.
+    before they start. `--model SDXL-shape` (or SD1.5-, SD2.1-, SD3-medium-, Flux.1-dev-shape) estimates the memory of a
+    model that is not there.
     """
     from raygard.cluster.address import cluster_address, is_dashboard
     from raygard.cluster.doctor.checks import all_green, to_text

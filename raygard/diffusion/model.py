@@ -5,6 +5,7 @@ Weights are read as float32 from safetensors only; code from a model repository 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -73,7 +74,7 @@ def _folder(config: ModelConfig) -> Path:
     if not folder.is_dir():
         if folder.exists() or not HUB_ID.fullmatch(name):
             raise RaygardError(f"no model at {name}: expected a diffusers folder, a hub id or 'zoo:tiny-sd'")
-        folder = _download(name, config)
+        folder = _download(name, config.revision, config.variant)
     return folder
 
 
@@ -104,14 +105,16 @@ def _refuse_code(folder: Path, index: dict[str, Any]) -> None:
             raise RaygardError(f"{code}: code of a model is never run; take it out if you trust the rest")
 
 
-def _download(name: str, config: ModelConfig) -> Path:
+@functools.lru_cache(maxsize=8)
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    # Remembered, because every part asks for its folder, and asking the hub takes a second each time.
     from diffusers import DiffusionPipeline
 
     try:
         folder = DiffusionPipeline.download(
             name,
-            revision=config.revision,
-            variant=config.variant,
+            revision=revision,
+            variant=variant,
             use_safetensors=True,
             safety_checker=None,
             trust_remote_code=False,
@@ -251,7 +254,8 @@ def require_one_text_encoder(config: ModelConfig, what: str) -> None:
 def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     """The forward process of training, with the model's settings and `model.prediction_type` if that is given.
 
-    Of the class that the family adds noise by: diffusers' DDPMScheduler (Eq 1), or that of flow matching.
+    Of the class that the family adds noise by: diffusers' DDPMScheduler (Eq 1), or that of flow matching. Raises
+    RaygardError for a prediction type where flow matching leaves no choice.
     """
     import diffusers
 
@@ -260,9 +264,18 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     settings = _load("scheduler", folder, lambda: cls.load_config(str(folder), subfolder="scheduler"))
     defaults: Any = inspect.signature(cls).parameters
     known = {key: settings[key] for key in defaults if key in settings}
-    if config.prediction_type is not None and "prediction_type" in defaults:
-        known["prediction_type"] = config.prediction_type
+    if (chosen := _prediction_type(config)) is not None:
+        known["prediction_type"] = chosen
     return _load("scheduler", folder, lambda: cls.from_config(known))
+
+
+def _prediction_type(config: ModelConfig) -> str | None:
+    family = model_family(config)
+    if config.prediction_type is not None and family.flow_matching:
+        raise RaygardError(
+            f"model.prediction_type has no effect on {family.name}, which is trained by flow matching; remove it"
+        )
+    return config.prediction_type
 
 
 def load_loss(config: ModelConfig, snr_gamma: float | None = None) -> TrainingLoss:
@@ -292,9 +305,9 @@ def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
     }
     cls: Any = getattr(diffusers, family.pipeline)
     pipeline = _load("pipeline", folder, lambda: cls.from_pretrained(str(folder), **parts))
-    if config.prediction_type is not None:
+    if (chosen := _prediction_type(config)) is not None:
         sampler = pipeline.scheduler
-        pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=config.prediction_type)
+        pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=chosen)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -146,8 +146,8 @@ class TextualInversion(InnerAdaptation):
         super().__init__()
         if text is None or not text.words:
             raise RaygardError(
-                "textual inversion needs the model's text encoder, of Stable Diffusion 1.x/2.x alone, and the words of the "
-                "illegal classes"
+                "textual inversion needs the model's text encoder, of Stable Diffusion 1.x/2.x alone, and the words of "
+                "the illegal classes"
             )
         self._text = text
         self._frozen = {name: parameter.detach() for name, parameter in text.encoder.named_parameters()}

@@ -17,9 +17,20 @@ BLOCK_NAMES = {
     "up_blocks": "up",
     "conv_norm_out": "output",
     "conv_out": "output",
+    # SDXL's text and sizes join the time embedding; SD3 and Flux are transformers.
+    "add_embedding": "time embedding",
+    "time_text_embed": "time embedding",
+    "pos_embed": "input conv",
+    "x_embedder": "input conv",
+    "context_embedder": "text",
+    "norm_out": "output",
+    "proj_out": "output",
 }
 # Order of the heat map: the path of the signal through the model, and the modules of a block.
-BLOCK_ORDER = ("input conv", "time embedding", "down", "middle", "up", "output")
+BLOCK_ORDER = (
+    *("input conv", "text", "time embedding", "down", "middle", "up"),
+    *("transformer_blocks", "single_transformer_blocks", "output"),
+)
 KIND_ORDER = (
     *(f"{attention} {part}" for attention in ("self", "cross") for part in ("q", "k", "v", "out")),
     *("feed-forward", "projection", "conv", "time", "norm", "bias", "other"),
@@ -54,7 +65,7 @@ def _kind(name: str, parts: Sequence[str]) -> str:
     for pattern, kind in KINDS:
         if re.search(pattern, name):
             return f"{'cross' if 'attn2' in parts or 'cross_attn' in parts else 'self'} {kind}"
-    if "ff" in parts or "mlp" in parts or "ff_context" in parts:
+    if {"ff", "mlp", "ff_context", "proj_mlp"} & set(parts):
         return "feed-forward"
     if module.startswith("time_emb") or parts[0] in ("time_embedding", "time_embed", "time_text_embed"):
         return "time"

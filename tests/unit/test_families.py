@@ -203,6 +203,8 @@ def test_velocity_prediction_of_unets_is_the_formula_written_out(model: ModelCon
     if model_family(model).denoiser == "transformer":
         with pytest.raises(RaygardError, match=r"model\.prediction_type has no effect on .* flow matching; remove it"):
             load_loss(settings)
+        with pytest.raises(RaygardError, match=r"model\.prediction_type has no effect"):
+            load_pipeline(settings)
         with pytest.raises(RaygardError, match=r"snr_gamma has no effect on .* flow matching; remove it"):
             load_loss(model, snr_gamma=5.0)
         return

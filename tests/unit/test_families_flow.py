@@ -33,7 +33,7 @@ from raygard.flow import Flow
 from raygard.mask import FreezeMask, audit_lora
 from raygard.mask.adapters import LORA_FILE
 from raygard.mask.weights import load_denoiser_state
-from raygard.report.layers import block_of
+from raygard.report.layers import block_of, block_shares
 from raygard.store import Store
 from raygard.user import adapt_model, generate_pictures
 from tests.evaluation_bench import PARTS, Bench, make_bench
@@ -113,7 +113,13 @@ def test_the_learned_mask_freezes_the_asked_share_of_the_families_tensors(mask: 
     names = [name for name, _ in load_denoiser(config.model).named_parameters()]
     assert list(mask.names) == names
     assert len(mask.frozen_names) == round(0.4 * len(names))
-    assert len({block_of(name)[0] for name in names}) > 3
+    places = [block_of(name) for name in names]
+    assert {"input conv", "time embedding", "output"} < {block for block, _ in places}
+    assert {"self q", "self k", "self v", "self out", "feed-forward", "norm"} <= {kind for _, kind in places}
+    blocks = [block.split()[0] for block in block_shares(names, [1] * len(names), [False] * len(names))[0]]
+    assert blocks[0] == "input" and blocks[-1] == "output"
+    if "transformer_blocks" in blocks and "single_transformer_blocks" in blocks:
+        assert blocks.index("transformer_blocks") < blocks.index("single_transformer_blocks")
 
 
 @pytest.mark.parametrize("method", ["full", "attention", "dreambooth"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+FLOW_SCHEDULE = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Family(ABC):
     latent_multiple: ClassVar[int] = 1
     shapes: ClassVar[Mapping[str, Config]] = NOTHING
 
+    @property
+    def flow_matching(self) -> bool:
+        """Whether the denoiser is trained to find velocities between picture and noise, and not by Eq 1."""
+        return self.noise_schedule == FLOW_SCHEDULE
+
     @abstractmethod
     def embed(
         self, parts: Mapping[str, Any], captions: Sequence[str], device: torch.device | str, denoiser_config: Config
@@ -98,8 +105,10 @@ class Family(ABC):
         return int(config["sample_size"])
 
 
-def refuse_noise_settings(name: str, settings: LossSettings) -> None:
-    """Raise RaygardError for settings of Eq 1's loss that flow matching does not have. name: of the family."""
-    for key, value in (("model.prediction_type", settings.prediction_type), ("snr_gamma", settings.snr_gamma)):
-        if value is not None:
-            raise RaygardError(f"{key} has no effect on {name}, which is trained by flow matching; remove it")
+def flow_loss(family: Family, settings: LossSettings) -> TrainingLoss:
+    """The loss of a family trained by flow matching. Raises RaygardError for settings of Eq 1's loss."""
+    from raygard.diffusion.flow_matching import FlowLoss
+
+    if settings.snr_gamma is not None:
+        raise RaygardError(f"snr_gamma has no effect on {family.name}, which is trained by flow matching; remove it")
+    return FlowLoss(settings.scheduler, partial(family.predict, vae_factor=settings.vae_factor()))

@@ -6,15 +6,13 @@ Shape letters: B batch, C latent channels, H, W latent sides, L tokens, D text f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.families.base import Config, Family, LossSettings, refuse_noise_settings
-from raygard.diffusion.flow_matching import FlowLoss
+from raygard.diffusion.families.base import FLOW_SCHEDULE, Config, Family, LossSettings, flow_loss
 from raygard.diffusion.loss import TrainingLoss
 
 # Of FluxPipeline, for training and for drawing alike.
@@ -37,7 +35,7 @@ class Flux(Family):
         "text_encoder": "CLIPTextModel",
         "text_encoder_2": "T5EncoderModel",
     }
-    noise_schedule = "FlowMatchEulerDiscreteScheduler"
+    noise_schedule = FLOW_SCHEDULE
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
     # Two by two latents are one token.
     latent_multiple = 2
@@ -71,8 +69,7 @@ class Flux(Family):
         return Conditioning(text=text, pooled=pooled)
 
     def loss(self, settings: LossSettings) -> TrainingLoss:
-        refuse_noise_settings(self.name, settings)
-        return FlowLoss(settings.scheduler, partial(self.predict, vae_factor=1))
+        return flow_loss(self, settings)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, vae_factor: int

@@ -6,16 +6,14 @@ Shape letters: B batch, C latent channels, H, W latent sides, L tokens, D text f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.families.base import Config, Family, LossSettings, refuse_noise_settings
+from raygard.diffusion.families.base import FLOW_SCHEDULE, Config, Family, LossSettings, flow_loss
 from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS
-from raygard.diffusion.flow_matching import FlowLoss
 from raygard.diffusion.loss import TrainingLoss
 
 # Of StableDiffusion3Pipeline, for training and for drawing alike.
@@ -36,7 +34,7 @@ class StableDiffusion3(Family):
         "text_encoder_3": "T5EncoderModel",
     }
     optional_parts = frozenset({"tokenizer_3", "text_encoder_3"})
-    noise_schedule = "FlowMatchEulerDiscreteScheduler"
+    noise_schedule = FLOW_SCHEDULE
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
     # Two by two latents are one token.
     latent_multiple = 2
@@ -76,8 +74,7 @@ class StableDiffusion3(Family):
         return Conditioning(text=text, pooled=pooled)
 
     def loss(self, settings: LossSettings) -> TrainingLoss:
-        refuse_noise_settings(self.name, settings)
-        return FlowLoss(settings.scheduler, partial(self.predict, vae_factor=1))
+        return flow_loss(self, settings)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, vae_factor: int
