@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.errors import RaygardError
 
 if TYPE_CHECKING:
     from raygard.diffusion.loss import TrainingLoss
 
 Config = Mapping[str, Any]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-FLOW_SCHEDULE = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,10 @@ class Family(ABC):
     name: in words and messages. pipeline: diffusers' class, `_class_name` in model_index.json. denoiser: sub-folder,
     and the pipeline's attribute. denoiser_class: diffusers' class of it. text_parts: sub-folder -> transformers' class
     of every tokenizer and text encoder. optional_parts: of them, those that a folder may lack. noise_schedule:
-    diffusers' scheduler class that training adds noise by. pipeline_settings: further arguments of the pipeline when it
-    is loaded. sampler_settings: the same of a call of it. latent_multiple: the latents' sides must be a multiple of it.
-    shapes: known denoisers by name, as their releases' `config.json` describes them.
+    diffusers' scheduler class that training adds noise by. flow_matching: whether the denoiser finds velocities between
+    picture and noise, and not Eq 1's targets. pipeline_settings: further arguments of the pipeline when it is loaded.
+    sampler_settings: the same of a call of it. latent_multiple: the latents' sides must be a multiple of it. shapes:
+    known denoisers by name, as their releases' `config.json` describes them.
     """
 
     name: ClassVar[str]
@@ -59,15 +57,11 @@ class Family(ABC):
     text_parts: ClassVar[Mapping[str, str]]
     optional_parts: ClassVar[frozenset[str]] = frozenset()
     noise_schedule: ClassVar[str] = "DDPMScheduler"
+    flow_matching: ClassVar[bool] = False
     pipeline_settings: ClassVar[Config] = NOTHING
     sampler_settings: ClassVar[Config] = NOTHING
     latent_multiple: ClassVar[int] = 1
     shapes: ClassVar[Mapping[str, Config]] = NOTHING
-
-    @property
-    def flow_matching(self) -> bool:
-        """Whether the denoiser is trained to find velocities between picture and noise, and not by Eq 1."""
-        return self.noise_schedule == FLOW_SCHEDULE
 
     @abstractmethod
     def embed(
@@ -103,12 +97,3 @@ class Family(ABC):
     def sample_size(self, config: Config) -> int:
         """Latents of one side at the model's own resolution. Raises KeyError if `config.json` does not say it."""
         return int(config["sample_size"])
-
-
-def flow_loss(family: Family, settings: LossSettings) -> TrainingLoss:
-    """The loss of a family trained by flow matching. Raises RaygardError for settings of Eq 1's loss."""
-    from raygard.diffusion.flow_matching import FlowLoss
-
-    if settings.snr_gamma is not None:
-        raise RaygardError(f"snr_gamma has no effect on {family.name}, which is trained by flow matching; remove it")
-    return FlowLoss(settings.scheduler, partial(family.predict, vae_factor=settings.vae_factor()))

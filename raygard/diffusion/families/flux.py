@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.families.base import FLOW_SCHEDULE, Config, Family, LossSettings, flow_loss
-from raygard.diffusion.loss import TrainingLoss
+from raygard.diffusion.families.base import Config
+from raygard.diffusion.families.flow import FlowFamily
 
 # Of FluxPipeline, for training and for drawing alike.
 T5_TOKENS = 512
@@ -24,10 +24,9 @@ GUIDANCE = 3.5
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-class Flux(Family):
+class Flux(FlowFamily):
     name = "Flux.1"
     pipeline = "FluxPipeline"
-    denoiser = "transformer"
     denoiser_class = "FluxTransformer2DModel"
     text_parts: ClassVar[Mapping[str, str]] = {
         "tokenizer": "CLIPTokenizer",
@@ -35,10 +34,8 @@ class Flux(Family):
         "text_encoder": "CLIPTextModel",
         "text_encoder_2": "T5EncoderModel",
     }
-    noise_schedule = FLOW_SCHEDULE
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
-    # Two by two latents are one token.
-    latent_multiple = 2
+    num_text_tokens = T5_TOKENS
     # transformer/config.json of black-forest-labs/FLUX.1-dev.
     shapes: ClassVar[Mapping[str, Config]] = {
         "Flux.1-dev-shape": {
@@ -68,9 +65,6 @@ class Flux(Family):
             text, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device, max_sequence_length=T5_TOKENS)
         return Conditioning(text=text, pooled=pooled)
 
-    def loss(self, settings: LossSettings) -> TrainingLoss:
-        return flow_loss(self, settings)
-
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, vae_factor: int
     ) -> Tensor:
@@ -93,10 +87,6 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return pipeline._unpack_latents(predicted, height, width, vae_scale_factor=1)
-
-    def blank_conditioning(self, config: Config) -> Conditioning:
-        text = torch.empty(1, T5_TOKENS, config["joint_attention_dim"])
-        return Conditioning(text=text, pooled=torch.empty(1, config["pooled_projection_dim"]))
 
     def latent_channels(self, config: Config) -> int:
         return int(config["in_channels"]) // 4

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.families.base import FLOW_SCHEDULE, Config, Family, LossSettings, flow_loss
+from raygard.diffusion.families.base import Config
+from raygard.diffusion.families.flow import FlowFamily
 from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS
-from raygard.diffusion.loss import TrainingLoss
 
 # Of StableDiffusion3Pipeline, for training and for drawing alike.
 T5_TOKENS = 256
 
 
-class StableDiffusion3(Family):
+class StableDiffusion3(FlowFamily):
     name = "Stable Diffusion 3"
     pipeline = "StableDiffusion3Pipeline"
-    denoiser = "transformer"
     denoiser_class = "SD3Transformer2DModel"
     text_parts: ClassVar[Mapping[str, str]] = {
         "tokenizer": "CLIPTokenizer",
@@ -34,10 +33,8 @@ class StableDiffusion3(Family):
         "text_encoder_3": "T5EncoderModel",
     }
     optional_parts = frozenset({"tokenizer_3", "text_encoder_3"})
-    noise_schedule = FLOW_SCHEDULE
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
-    # Two by two latents are one token.
-    latent_multiple = 2
+    num_text_tokens = CLIP_TOKENS + T5_TOKENS
     # transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
     shapes: ClassVar[Mapping[str, Config]] = {
         "SD3-medium-shape": {
@@ -73,9 +70,6 @@ class StableDiffusion3(Family):
             )  # fmt: skip
         return Conditioning(text=text, pooled=pooled)
 
-    def loss(self, settings: LossSettings) -> TrainingLoss:
-        return flow_loss(self, settings)
-
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, vae_factor: int
     ) -> Tensor:
@@ -88,7 +82,3 @@ class StableDiffusion3(Family):
             timestep=timesteps,
             return_dict=False,
         )[0]
-
-    def blank_conditioning(self, config: Config) -> Conditioning:
-        text = torch.empty(1, CLIP_TOKENS + T5_TOKENS, config["joint_attention_dim"])
-        return Conditioning(text=text, pooled=torch.empty(1, config["pooled_projection_dim"]))
