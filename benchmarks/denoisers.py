@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from raygard.diffusion.shape import KNOWN, make_denoiser, measure, run_denoiser
+from raygard.diffusion.shape import KNOWN, family_of_shape, make_denoiser, measure, run_denoiser
 
 RESULTS = Path(__file__).parent / "results" / "denoisers.json"
 # name: known shape, latents' side, pixels.
@@ -44,10 +44,10 @@ def forward_flops(make: Any, run: Any) -> int:
 
 def facts(name: str) -> dict[str, Any]:
     shape, side, pixels = DENOISERS[name]
-    family = KNOWN[shape]
+    family = family_of_shape(shape)
 
     def make(checkpointing: bool = False) -> Any:
-        return make_denoiser(family, family.shapes[shape], checkpointing)
+        return make_denoiser(family, KNOWN[shape], checkpointing)
 
     def run(denoiser: Any) -> object:
         return run_denoiser(family, denoiser, side)

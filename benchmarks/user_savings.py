@@ -37,7 +37,8 @@ from torch import nn
 from benchmarks import workers
 from benchmarks.memory import TINY, UNET
 from benchmarks.resident import reset_peak, resident
-from raygard.diffusion.shape import KNOWN, TEXT_TOKENS, measure
+from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS
+from raygard.diffusion.shape import KNOWN, measure
 from raygard.mask.soft import select_frozen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,11 +97,10 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
     """A few steps of raygard's own user."""
     from raygard.adaptation.training import train as train_user
     from raygard.config import AdaptConfig, ModelConfig
-    from raygard.diffusion.loss import DiffusionLoss
-    from raygard.diffusion.model import load_noise_scheduler, load_unet
+    from raygard.diffusion.model import load_denoiser, load_loss
 
     source = ModelConfig(pretrained_model_name_or_path=str(model))
-    unet = load_unet(source)
+    unet = load_denoiser(source)
     counts = [parameter.numel() for parameter in unet.parameters()]
     frozen = choose(counts, way, p, seed)
     freeze(unet, frozen)
@@ -108,7 +108,7 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
     config = AdaptConfig(max_train_steps=STEPS, train_batch_size=BATCH, mixed_precision=precision)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     ticks: list[float] = []
-    loss = DiffusionLoss(load_noise_scheduler(source))
+    loss = load_loss(source)
     result = train_user(
         unet, workers.random_latents(model), config, loss, seed=seed, on_step=lambda *_: ticks.append(clock())
     )
@@ -136,7 +136,7 @@ def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
         return freeze(UNet2DConditionModel(**KNOWN["SD2.1-shape"]).train(), frozen)
 
     def run(unet: Any) -> Any:
-        inputs = torch.empty(1, 4, SD21_SIDE, SD21_SIDE), torch.zeros(1), torch.empty(1, TEXT_TOKENS, 1024)
+        inputs = torch.empty(1, 4, SD21_SIDE, SD21_SIDE), torch.zeros(1), torch.empty(1, CLIP_TOKENS, 1024)
         return unet(*inputs, return_dict=False)[0]
 
     with torch.device("meta"):

@@ -16,8 +16,10 @@ from raygard.diffusion.families import FAMILIES, Family, StableDiffusion
 from raygard.diffusion.model import model_family, model_folder, vae_factor
 from raygard.errors import RaygardError, nearest
 
-# Name of a size -> its family; what the releases' configurations say is written down with the family.
-KNOWN: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.shapes}
+# Sizes by name: what the releases' configurations say, which is written down with the families.
+KNOWN: dict[str, dict[str, Any]] = {
+    name: dict(config) for family in FAMILIES.values() for name, config in family.shapes.items()
+}
 # Of the releases' autoencoders: pixels for each latent.
 LATENT_FACTOR = 8
 
@@ -45,7 +47,7 @@ def denoiser_config(model: ModelConfig) -> dict[str, Any]:
     """The denoiser's config.json, or that of a known shape (`SD2.1-shape`). Raises RaygardError if there is none."""
     name = model.pretrained_model_name_or_path
     if is_shape(name):
-        return dict(KNOWN[name].shapes[name])
+        return KNOWN[name]
     if name.endswith("-shape") and not Path(name).exists():
         raise RaygardError(f"no known shape '{name}'{nearest(name, KNOWN)}, and no folder of this name")
     file = model_folder(model) / model_family(model).denoiser / "config.json"
@@ -59,7 +61,12 @@ def denoiser_config(model: ModelConfig) -> dict[str, Any]:
 def family_of(model: ModelConfig) -> Family:
     """The family of a model or of a known shape. Raises RaygardError as `model_family`."""
     name = model.pretrained_model_name_or_path
-    return KNOWN[name] if is_shape(name) else model_family(model)
+    return family_of_shape(name) if is_shape(name) else model_family(model)
+
+
+def family_of_shape(name: str) -> Family:
+    """The family of a name in `KNOWN`."""
+    return next(family for family in FAMILIES.values() if name in family.shapes)
 
 
 def is_shape(name: str) -> bool:
