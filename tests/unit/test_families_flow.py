@@ -36,6 +36,8 @@ from raygard.mask.weights import load_denoiser_state
 from raygard.report.layers import block_of, block_shares
 from raygard.store import Store
 from raygard.user import adapt_model, generate_pictures
+from raygard.values import Objective, Plan, ValuesSource, release_errors, train_values
+from raygard.values.batches import Pictures
 from tests.evaluation_bench import PARTS, Bench, make_bench
 from tests.families import TINY
 
@@ -275,3 +277,32 @@ def test_a_pipeline_loaded_whole_holds_the_given_denoiser(config: RunConfig) -> 
     assert getattr(pipeline, model_family(config.model).denoiser) is denoiser
     parameters: list[Tensor] = list(pipeline.vae.parameters())
     assert {p.dtype for p in parameters} == {torch.float32}
+
+
+class PlainAdamW:
+    """One process without DeepSpeed."""
+
+    def __init__(self, module: DenoiserLoss) -> None:
+        self.module, self.optimizer = module, torch.optim.AdamW(module.parameters(), lr=1e-3)
+
+    def __call__(self, *batch: Any) -> Tensor:
+        return self.module(*batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_values_are_trained_relative_to_the_release(config: RunConfig, learn_rows: LatentSet) -> None:
+    names = [Pictures(rows, learn_rows.conditioning.index[rows][None]) for rows in map(learn_rows.rows, "abcd")]
+    loss = load_loss(config.model)
+    source = ValuesSource(learn_rows, ([names[0]], [names[1]], [names[2]]), 4, loss.num_timesteps, 0)
+    engine = PlainAdamW(DenoiserLoss(load_denoiser(config.model), loss))
+    curves = release_errors(engine, source, Plan(1), num_bins=2)
+    objective = Objective.of(curves, loss.num_timesteps, config.values)
+    errors = torch.stack([record.errors for record in train_values(engine, source, objective, Plan(3))])
+    assert curves.shape == (3, 2) and errors.shape == (3, 3) and torch.isfinite(errors).all()
+    assert not torch.equal(errors[0], errors[2])
