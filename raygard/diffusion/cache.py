@@ -53,8 +53,9 @@ ARRAYS, MANIFEST = "latents.safetensors", "cache.json"
 class LatentSet:
     """Training material: the posterior of every picture in latent space, its conditioning, class and caption.
 
-    mean, std: float32 (n, C, h, w), already times the autoencoder's scaling factor. parts: empty, or one for
-    each row. vocabulary: the captions of `conditioning.unique`, in its order, also those of no row; empty if not known.
+    mean, std: float32 (n, C, h, w), already shifted and scaled as the autoencoder's configuration says. parts:
+    empty, or one for each row. vocabulary: the captions of `conditioning.unique`, in its order, also those of no row;
+    empty if not known.
     """
 
     mean: Tensor
@@ -222,9 +223,9 @@ def _sound(folder: Path, key: str) -> bool:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Posterior of pictures, uint8 (B, H, W, 3): mean and std (B, C, h, w), times the autoencoder's scaling factor.
+    """Posterior of pictures, uint8 (B, H, W, 3): mean and std (B, C, h, w), shifted and scaled.
 
-    Float32, on the CPU.
+    As the denoiser knows latents. Float32, on the CPU.
     """
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     posterior = vae.encode(pixels.permute(0, 3, 1, 2).float().to(device) / 127.5 - 1).latent_dist
