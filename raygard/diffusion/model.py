@@ -166,8 +166,17 @@ def load_denoiser(config: ModelConfig) -> Any:
 
 
 def load_vae(config: ModelConfig) -> Any:
-    """The autoencoder (AutoencoderKL), float32, on the CPU, in evaluation mode."""
-    return _load_part(config, "diffusers", "vae", "AutoencoderKL")
+    """The autoencoder (AutoencoderKL), float32, on the CPU, in evaluation mode.
+
+    Raises RaygardError for one that scales latents by a mean and a deviation, as some derivatives of SDXL do.
+    """
+    vae = _load_part(config, "diffusers", "vae", "AutoencoderKL")
+    if getattr(vae.config, "latents_mean", None) is not None:
+        raise RaygardError(
+            f"{model_folder(config) / 'vae'} scales latents by `latents_mean` and `latents_std`; raygard knows "
+            "`scaling_factor` and `shift_factor` only, so this model cannot be trained on"
+        )
+    return vae
 
 
 def _load_part(config: ModelConfig, library: str, part: str, name: str) -> Any:

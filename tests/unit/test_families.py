@@ -321,6 +321,14 @@ def test_pictures_must_fill_whole_tokens(model: ModelConfig, domain: DomainConfi
         cached(model, odd, tmp_path / "cache")
 
 
+def test_an_autoencoder_with_another_scale_is_refused(model: ModelConfig, tmp_path: Path) -> None:
+    shutil.copytree(model.pretrained_model_name_or_path, tmp_path / "other")
+    file = tmp_path / "other" / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+    with pytest.raises(RaygardError, match="scales latents by `latents_mean`"):
+        load_pipeline(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "other")))
+
+
 def test_conditioning_is_cut_joined_and_checked_by_name() -> None:
     whole = Conditioning(text=torch.arange(12.0).view(3, 2, 2), pooled=torch.arange(3.0)[:, None])
     parts = [whole.rows(slice(0, 1)), whole.rows(torch.tensor([1, 2]))]
