@@ -17,9 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from raygard.diffusion.shape import KNOWN, family_of_shape, make_denoiser, measure, run_denoiser
+from raygard.diffusion.shape import KNOWN, family_of_shape, forward_flops, make_denoiser, measure, run_denoiser
 
 RESULTS = Path(__file__).parent / "results" / "denoisers.json"
 # name: known shape, latents' side, pixels.
@@ -28,18 +26,6 @@ DENOISERS = {
     "SDXL": ("SDXL-shape", 128, 1024),
     "Flux.1-dev": ("Flux.1-dev-shape", 128, 1024),
 }
-
-
-def forward_flops(make: Any, run: Any) -> int:
-    """Of one picture. On the meta device, where attention is made of products that the counter knows."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.no_grad():
-        module = make()
-        with counter:
-            run(module)
-    return int(counter.get_total_flops())
 
 
 def facts(name: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scaling_model, workers
-from benchmarks.traffic import Traffic, sent
+from benchmarks.traffic import Traffic
+from raygard.cluster.estimate import sent
 from raygard.config import RunConfig
 from raygard.diffusion.model import resolve_model
 

@@ -13,19 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.traffic import sent
-from raygard.cluster.doctor.memory import (
-    BF16,
-    CUDA_CONTEXT,
-    FP32,
-    GIB,
-    MAX_LIVE,
-    TrainStage,
-    ZeroStage,
-    estimate_memory,
-)
+from raygard.cluster.doctor.memory import CUDA_CONTEXT, FP32, GIB, TrainStage, ZeroStage, estimate_memory
+from raygard.cluster.estimate import GPUS_PER_NODE, PASSES, compute_seconds, sent, sent_in_a_step
 
-GPUS_PER_NODE = 8
 # name: (value, unit, source)
 HARDWARE = {
     "H200 memory": (141e9, "B", "NVIDIA's system description in MLPerf Inference v4.1 (H200-SXM-141GBx8)"),
@@ -36,8 +26,6 @@ HARDWARE = {
 }
 # SD2-base's UNet from cached latents at 512 px: pictures a second by number of A100s (mosaicml/diffusion, README.md).
 ANCHOR = {8: 290, 16: 585, 32: 1195, 64: 2340, 128: 4590}
-# A backward pass costs two forward ones; recomputing under gradient checkpointing costs one more.
-PASSES, RECOMPUTED = 3, 1
 # Pictures for each GPU, even because roles share them, and whether gradients are checkpointed.
 SETTINGS = {"SD 2.1": (8, False), "SDXL": (4, True), "Flux.1-dev": (2, True)}
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
@@ -83,14 +71,9 @@ class ScalingModel:
 
     def sent(self, name: str, zero_stage: ZeroStage, gpus: int, kind: StepKind = "user") -> float:
         """Bytes one GPU sends in a step."""
-        # Without ZeRO, bf16 is autocast over float32 weights, and gradients are float32.
-        num_params = self.denoisers[name]["num_params"]
-        size = num_params * (BF16 if zero_stage else FP32)
-        payloads = dict(self.payloads[zero_stage, kind])
-        if zero_stage == 3 and num_params > MAX_LIVE:
-            # The model that was counted stays gathered from the forward pass to the backward one.
-            payloads["all-gather"] *= 2
-        return sum(sent(what, share * size, gpus) for what, share in payloads.items())
+        return sent_in_a_step(
+            self.payloads[zero_stage, kind], self.denoisers[name]["num_params"], zero_stage, True, gpus
+        )
 
     def mask_bytes(self, name: str, gpus: int) -> float:
         """Bytes one GPU sends for the mask in a publisher step: one all-reduce of N float64 numbers."""
@@ -99,8 +82,8 @@ class ScalingModel:
     def compute_s(self, name: str) -> float:
         """Seconds of a step's forward and backward passes."""
         facts, (batch, checkpointing) = self.denoisers[name], SETTINGS[name]
-        flops = batch * facts["forward_flops"] * (PASSES + (RECOMPUTED if checkpointing else 0))
-        return float(flops / (self.utilisation() * HARDWARE["H200 bf16, dense"][0]))
+        peak = HARDWARE["H200 bf16, dense"][0]
+        return compute_seconds(facts["forward_flops"], batch, checkpointing, peak, self.utilisation())
 
     def communication_s(self, name: str, zero_stage: ZeroStage, gpus: int) -> float:
         """Seconds of a user step's collectives at the bandwidth of the slowest link, none of it hidden by compute."""

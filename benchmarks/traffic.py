@@ -49,11 +49,5 @@ class Traffic(TorchDispatchMode):
         return {kind: [self.calls[kind], self.payload[kind]] for kind in sorted(self.calls)}
 
 
-def sent(kind: str, payload: float, world: int) -> float:
-    """Bytes each of `world` ranks sends for a payload, by the ring algorithms (Patarasuk and Yuan 2009)."""
-    once = payload * (world - 1) / world
-    return {"all-reduce": 2 * once, "barrier": 0.0}.get(kind, once)
-
-
 def _bytes(argument: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))

@@ -25,6 +25,7 @@ from raygard.redaction import redact, redact_all
 
 cluster_app = typer.Typer(add_completion=False)
 
+GpuOption = Annotated[str, typer.Option("--gpu", help="Kind of GPU: H200, H100, A100 (80 GB) or A100-40GB.")]
 AddressOption = Annotated[
     str | None,
     typer.Option(
@@ -99,3 +100,26 @@ def doctor(
         checks = examine(run_config, out, named)
     print(json.dumps(redact_all(report_json(checks))) if as_json else redact(to_text(checks)))
     raise typer.Exit(ExitCode.DONE if all_green(checks) else ExitCode.UNFIT_CLUSTER)
+
+
+@cluster_app.command()
+def estimate(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    workers: WorkersOption = None,
+    zero_stage: StageOption = None,
+    gpu: GpuOption = "H200",
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What training would hold on each GPU and how long it would take; exit code 4 if it does not fit.
+
+    Arithmetic on a model, or on the shape of a release (`--model SD2.1-shape`, `SDXL-shape`, ...): nothing is started,
+    no GPU and no cluster is asked. `raygard doctor` looks at a cluster that is there.
+    """
+    from raygard.cluster.estimate import estimate_run, fits, named_gpu, to_json, to_text
+
+    kind = named_gpu(gpu)
+    found = estimate_run(resolve_config(config, overrides, model, None, workers, zero_stage), kind)
+    print(json.dumps(to_json(found, kind)) if as_json else to_text(found, gpu))
+    raise typer.Exit(ExitCode.DONE if fits(found, kind) else ExitCode.UNFIT_CLUSTER)

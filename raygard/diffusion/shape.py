@@ -129,6 +129,22 @@ def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserSh
     return DenoiserShape(tuple(parameter.numel() for parameter in parameters), kept // torch.float32.itemsize)
 
 
+def forward_flops(make: Callable[[], Any], run: Callable[[Any], object]) -> int:
+    """Floating-point operations of `run`, which takes the module; a multiplication and an addition are two.
+
+    Matrix products and convolutions are counted (torch's FlopCounterMode), on the meta device, where attention is made
+    of products that the counter knows.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad():
+        module = make()
+        with counter:
+            run(module)
+    return int(counter.get_total_flops())
+
+
 def make_denoiser(family: Family, config: Mapping[str, Any], checkpointing: bool = False) -> Any:
     """A denoiser of random weights, in training mode, on torch's default device."""
     import diffusers

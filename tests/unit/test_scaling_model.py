@@ -12,8 +12,9 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 
 from benchmarks import evaluation_scale, memory, scaling, scaling_model
-from benchmarks.traffic import Traffic, sent
+from benchmarks.traffic import Traffic
 from raygard.cluster.doctor.memory import estimate_memory
+from raygard.cluster.estimate import sent
 from raygard.diffusion import shape
 
 ROOT = Path(__file__).resolve().parents[2]
