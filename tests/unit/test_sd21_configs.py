@@ -105,6 +105,7 @@ def test_two_nodes_of_h200s_are_green_and_the_memory_is_far_below_80_gb(name: st
 
 @pytest.mark.parametrize("name", ["sd21-learn"])
 def test_one_node_is_red_on_resources_with_the_arithmetic(config: RunConfig) -> None:
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"min_workers": None})})
     facts = two_nodes(config, 141 * 10**9)
     one = Facts(**{**vars(facts), "nodes": facts.nodes[:1]})
     red = [check for check in judge(config, one, STAGES["sd21-learn"]) if not check.ok]
