@@ -44,7 +44,7 @@ class BatchSource:
     """Deals batches of one stream ("lower" or "upper") from the given rows of a cache.
 
     illegal, legal: for each class of the role, the rows of its pictures. batch_size: B, the global number of slots.
-    Classes take turns slot by slot; within a class pictures are drawn uniformly.
+    Classes take turns slot by slot; within a class pictures are drawn uniformly. num_timesteps: of the training loss.
     """
 
     data: LatentSet
@@ -53,6 +53,7 @@ class BatchSource:
     batch_size: int
     seed: int
     stream: str
+    num_timesteps: int = 1000
 
     def rows(self, step: int) -> Tensor:
         """Rows of all B slots at `step`: int64 (B,)."""
@@ -74,7 +75,8 @@ class BatchSource:
         for index in range(rank, num_shares, world_size):
             illegal_slots = torch.tensor(share(half, num_shares, index))
             slots = torch.cat([illegal_slots, illegal_slots + half])
-            eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), self.data.mean.shape[1:])
+            shape, count = self.data.shape, self.num_timesteps
+            eps, noise, timesteps = draw(self.seed, self.stream, step, slots.tolist(), shape, count)
             picked = rows[slots]
             counts = torch.tensor(weight(half, num_shares, index))
             latents, conditioning = self.data.latents(picked, eps), self.data.conditioning[picked]

@@ -166,10 +166,12 @@ def batch_sources(
     config: RunConfig, data: LatentSet, relearning: bool, mask_seed: int
 ) -> tuple[BatchSource, BatchSource | None]:
     """Lower and upper batches; relearning has no upper ones."""
+    b = config.bilevel
+    num_timesteps = load_loss(config.model, b.snr_gamma).num_timesteps
 
     def source(part: str, stream: str, seed: int) -> BatchSource:
         roles = [[data.rows(cls, part) for cls in classes] for classes in (config.domain.illegal, config.domain.legal)]
-        return BatchSource(data, roles[0], roles[1], config.bilevel.train_batch_size, seed, stream)
+        return BatchSource(data, roles[0], roles[1], b.train_batch_size, seed, stream, num_timesteps)
 
     if relearning:
         return source("learn_lower", "relearn", config.seed), None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +14,8 @@ from hypothesis import strategies as st
 
 from raygard.bilevel.alternation import Schedule, _objective
 from raygard.bilevel.batches import BatchSource
+from raygard.cluster.worker import batch_sources
+from raygard.config_file import load_config
 from raygard.shares import largest_share, share, weight
 from tests.latents import latent_set
 
@@ -52,3 +59,15 @@ def test_loss_and_gradient_over_all_ranks_are_those_of_the_global_batch(
 
     whole, parts = gradient(1, 1), gradient(world_size, accumulation)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_batches_draw_among_the_timesteps_that_the_model_has(tiny_sd: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    schedule = model / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "num_train_timesteps": 50}))
+    names = [f"model.pretrained_model_name_or_path={model}", "domain.illegal=[a]", "domain.legal=[b]"]
+    data = dataclasses.replace(latent_set(4), classes=["a", "a", "b", "b"], parts=["learn_lower", "learn_upper"] * 2)
+    for source in batch_sources(load_config(None, names), data, False, 0):
+        assert source is not None
+        drawn = torch.cat([source.batches(step)[0].timesteps for step in range(20)])
+        assert 25 < drawn.max() < 50
