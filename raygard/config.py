@@ -286,6 +286,9 @@ class SearchConfig(Section):
     calibration_trials: int = Field(6, ge=3, description="scored without pruning, to measure what the proxy is worth")
     min_proxy_correlation: float = Field(0.5, ge=-1, le=1, description="below this rank correlation nothing is pruned")
     legal_penalty: float = Field(2.0, ge=0, description="score = mitigation - this x legal impact above the budget")
+    savings_tolerance: float = Field(
+        0.0, ge=0, description="mitigation given up for a mask that freezes more parameters, which saves users more"
+    )
     controls: tuple[str, ...] = Field(
         ("random", "random-matched", "largest-first"), description="scored beside the best mask of each p"
     )

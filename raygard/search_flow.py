@@ -106,6 +106,7 @@ class SearchFlow:
                 legal_penalty=self.config.search.legal_penalty,
                 config_hash=config_hash(self.config),
                 seed=self.config.seed,
+                savings_tolerance=self.config.search.savings_tolerance,
                 notes=search["notes"],
                 resolvable_legal_impact=search["resolvable_legal_impact"],
             )

@@ -15,6 +15,10 @@ RULE = (
     "The p, with its temperature T and inner-loop length L, of largest mitigation among those whose legal impact's "
     "upper 95 % confidence bound stays within the budget."
 )
+SAVINGS = (
+    " Of those within {tolerance:g} of the largest mitigation, the one that freezes the largest share of the "
+    "parameters: its users save most."
+)
 MEASURED = ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
 
 Candidate = Mapping[str, Any]
@@ -28,6 +32,7 @@ def choose(
     legal_penalty: float,
     config_hash: str,
     seed: int,
+    savings_tolerance: float = 0.0,
     notes: Sequence[str] = (),
     resolvable_legal_impact: float | None = None,
 ) -> dict[str, Any]:
@@ -35,8 +40,10 @@ def choose(
 
     candidates: as in trial.json, measured on the publisher half. Only those with a result for every counted class
     (`incomplete` is empty) whose mitigation, legal impact and both intervals are finite are considered. Ties: smaller
-    upper bound of legal impact, smaller p, then candidate_id; for `nearest`, where no candidate meets the budget, more
-    mitigation comes first among them.
+    upper bound of legal impact, larger share of parameters, smaller p, then candidate_id; for `nearest`, where no
+    candidate meets the budget, more mitigation comes first among them.
+    savings_tolerance: how much mitigation is given up for a mask that saves users more, which is one that freezes more
+    parameters (docs/performance.md); 0 gives up none.
     legal_penalty, config_hash, seed: recorded, they do not act on the choice.
     notes, resolvable_legal_impact: of the publisher half, as in outcome.json; recorded, and in the statement.
     Raises RaygardError if no candidate can be considered, or if two share a candidate_id.
@@ -48,7 +55,9 @@ def choose(
     scored = sorted((c for c in candidates if _is_scored(c)), key=_most_mitigation)
     if not scored:
         raise RaygardError(_nothing_scored(candidates, domain))
-    chosen = next((c for c in scored if _upper(c) <= legal_budget), None)
+    within = [c for c in scored if _upper(c) <= legal_budget]
+    near = [c for c in within if c["mitigation"] >= within[0]["mitigation"] - savings_tolerance]
+    chosen = max(near, key=lambda c: c["param_share"]) if savings_tolerance and near else next(iter(near), None)
     nearest = None if chosen is not None else min(scored, key=_least_impact)
     return _finished(
         {
@@ -56,7 +65,7 @@ def choose(
             "domain": domain,
             "config_hash": config_hash,
             "seed": seed,
-            "rule": RULE,
+            "rule": RULE + (SAVINGS.format(tolerance=savings_tolerance) if savings_tolerance else ""),
             "legal_budget": legal_budget,
             "legal_penalty": legal_penalty,
             "meets_budget": chosen is not None,
@@ -135,8 +144,9 @@ def _upper(candidate: Candidate) -> float:
     return float(candidate["legal_impact_ci"][1])
 
 
-def _most_mitigation(candidate: Candidate) -> tuple[float, float, float, str]:
-    return -candidate["mitigation"], _upper(candidate), candidate["p"], candidate["candidate_id"]
+def _most_mitigation(candidate: Candidate) -> tuple[float, float, float, float, str]:
+    equal = -candidate["param_share"], candidate["p"], candidate["candidate_id"]
+    return -candidate["mitigation"], _upper(candidate), *equal
 
 
 def _least_impact(candidate: Candidate) -> tuple[float, float, float, str]:

@@ -88,6 +88,27 @@ def test_no_candidate_within_the_budget_is_said_plainly():
     assert found["front"] == ["far", "near"]
 
 
+def test_of_equal_candidates_the_one_that_saves_users_more_is_chosen():
+    equal = [candidate("less", p=0.1, param_share=0.2), candidate("more", p=0.3, param_share=0.6)]
+    assert chosen_from(equal)["chosen"]["candidate_id"] == "more"
+    assert chosen_from([candidate("better", 0.21, param_share=0.2), equal[1]])["chosen"]["candidate_id"] == "better"
+
+
+def test_as_much_mitigation_as_the_publisher_says_is_given_up_for_savings():
+    best, near, far, dear = (
+        candidate("best", 0.5, param_share=0.2),
+        candidate("near", 0.46, param_share=0.6),
+        candidate("far", 0.4, param_share=0.9),
+        candidate("dear", 0.5, upper=0.2, param_share=0.9),
+    )
+    found = chosen_from([best, near, far, dear], savings_tolerance=0.05)
+    assert found["chosen"]["candidate_id"] == "near"
+    assert found["rule"].endswith("the largest share of the parameters: its users save most.")
+    assert chosen_from([best, near, far, dear])["chosen"]["candidate_id"] == "best"
+    assert "save" not in chosen_from([best])["rule"]
+    assert chosen_from([dear], savings_tolerance=0.05)["chosen"] is None
+
+
 @given(searches(), LEVELS)
 def test_never_above_the_budget_and_never_beaten_within_it(candidates, budget):
     budget = abs(budget)
