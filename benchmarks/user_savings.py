@@ -78,7 +78,6 @@ def share(counts: Sequence[int], frozen: Sequence[bool]) -> float:
 
 def fine_tune(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[str, float]:
     """Peak memory and seconds of a step of one user; in a process of its own."""
-    torch.set_num_threads(1)
     train(tiny, "count", 0.0, seed)
     gc.collect()
     if torch.cuda.is_available():
@@ -120,11 +119,6 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
         "optimizer_bytes": result.optimizer_bytes,
         "step_s": statistics.median(seconds),
     }
-
-
-def in_own_process(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[str, float]:
-    (found,) = workers.run_world(1, fine_tune, model, tiny, way, p, seed)
-    return found
 
 
 def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
@@ -250,7 +244,12 @@ def main() -> None:
             model, tiny = (workers.make_model(Path(root, name), **unet) for name, unet in (("m", own), ("t", TINY)))
             for seed in range(args.rounds):
                 for way, p in cases():
-                    found = {"way": way, "p": p, "seed": seed, **in_own_process(model, tiny, way, p, seed)}
+                    found = {
+                        "way": way,
+                        "p": p,
+                        "seed": seed,
+                        **workers.run_alone(fine_tune, model, tiny, way, p, seed),
+                    }
                     document["rows"].append(found)
                     print(json.dumps(found), flush=True)
         document["sd21"] = [{"way": way, "p": p, **count_sd21(way, p, seed=0)} for way, p in cases()]

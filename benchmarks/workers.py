@@ -92,18 +92,32 @@ def run_world(world: int, function: Callable[..., Any], *arguments: Any) -> list
     function: of a module that can be imported; it runs after DeepSpeed has been imported. Raises RuntimeError with the
     output of a process that failed (torch.multiprocessing).
     """
+    return _spawn(_rank, world, world, function, arguments)
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a new process of one thread, without DeepSpeed and a group; what it returned."""
+    return _spawn(_alone, 1, function, arguments)[0]
+
+
+def _spawn(start: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
     before = {name: os.environ.get(name) for name in MALLOC}
     os.environ.update(MALLOC)
     try:
         with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
-            torch.multiprocessing.spawn(_rank, (world, folder, function, arguments), nprocs=world)
-            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
+            torch.multiprocessing.spawn(start, (folder, *arguments), nprocs=count)
+            return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _alone(rank: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+
+
+def _rank(rank: int, folder: str, world: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     cpu_environment()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
