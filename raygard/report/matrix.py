@@ -20,7 +20,7 @@ def heat_map(summaries: Sequence[Mapping[str, Any]], theme: int) -> bytes:
     """Mitigation and legal impact of every defence (rows) under every adaptation (columns) of one scorer: a PNG file.
 
     Colours end at 0 and 1, the numbers in the cells are as measured, with a star where some users failed or are not
-    measured yet; a cell without a number stays empty.
+    measured yet; a cell without a number, where no class counts, holds a dash.
     """
     defences = list(dict.fromkeys(entry["defence"] for summary in summaries for entry in summary["defences"]))
     columns = [summary["adaptation"] for summary in summaries]
@@ -28,7 +28,7 @@ def heat_map(summaries: Sequence[Mapping[str, Any]], theme: int) -> bytes:
     figure, axes = plots.canvas(max(7.6, width), height, theme, columns=2)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         values = np.full((len(defences), len(columns)), np.nan)
-        words = [[""] * len(columns) for _ in defences]
+        words = [["-"] * len(columns) for _ in defences]
         for column, summary in enumerate(summaries):
             for entry in summary["defences"]:
                 if entry[measure] is not None:

@@ -229,16 +229,15 @@ def soft_mask(learn: Mapping[str, Sequence[Mapping[str, Any]]], theme: int) -> b
 
 
 def cells(axis: Axes, theme: int, values: NDArray[np.float64], words: Sequence[Sequence[str]]) -> None:
-    """A heat map of shares, (rows, columns), with words in its cells; NaN cells stay empty."""
+    """A heat map of shares, (rows, columns), with words in its cells; NaN cells have no colour."""
     from matplotlib.colors import LinearSegmentedColormap
 
     ramp = LinearSegmentedColormap.from_list("frozen", [FAINT[theme], colour_of("freeze", theme)])
     axis.grid(visible=False)
     axis.imshow(np.ma.masked_invalid(values), cmap=ramp.with_extremes(bad=(0, 0, 0, 0)), vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            ink = (INK if value < 0.55 else PAPER)[theme]
-            axis.text(column, row, words[row][column], ha="center", va="center", fontsize=7.5, color=ink)
+        ink = (PAPER if value >= 0.55 else INK)[theme]
+        axis.text(column, row, words[row][column], ha="center", va="center", fontsize=7.5, color=ink)
     axis.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
     axis.grid(which="minor", color=PAPER[theme], linewidth=1.4)
@@ -252,7 +251,7 @@ def heat_map(shares: FrozenShares, theme: int) -> bytes:
     for axis, values, title in zip(
         axes, (shares.by_count, shares.by_params), ("share of tensors", "share of parameters"), strict=True
     ):
-        cells(axis, theme, values, [[f"{value:.0%}" for value in row] for row in values])
+        cells(axis, theme, values, [["" if np.isnan(value) else f"{value:.0%}" for value in row] for row in values])
         axis.set_xticks(range(columns), shares.kinds, rotation=60, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(rows), shares.blocks)
         titles(axis, theme, f"frozen {title}")
