@@ -42,24 +42,25 @@ PAYLOADS: Mapping[ZeroStage, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_bytes. flops: dense matrix products a second, in bf16 and, on TF32 units, in float32.
+    """memory_bytes. flops: dense matrix products a second, in bf16 and in float32.
 
+    fp32_flops: without TF32 units, which torch takes for convolutions and leaves out of other products.
     link_bytes: a second, one direction, between the GPUs of a node; network_bytes: between nodes, for each GPU.
     """
 
     memory_bytes: float
     bf16_flops: float
-    tf32_flops: float
+    fp32_flops: float
     link_bytes: float
     network_bytes: float
 
 
 # NVIDIA's data sheets, without sparsity; nodes of 8 GPUs with one 400 (A100: 200) Gb/s card for each.
 GPUS = {
-    "H200": Gpu(141e9, 989e12, 494e12, 450e9, 50e9),
-    "H100": Gpu(80e9, 989e12, 494e12, 450e9, 50e9),
-    "A100": Gpu(80e9, 312e12, 156e12, 300e9, 25e9),
-    "A100-40GB": Gpu(40e9, 312e12, 156e12, 300e9, 25e9),
+    "H200": Gpu(141e9, 989e12, 67e12, 450e9, 50e9),
+    "H100": Gpu(80e9, 989e12, 67e12, 450e9, 50e9),
+    "A100": Gpu(80e9, 312e12, 19.5e12, 300e9, 25e9),
+    "A100-40GB": Gpu(40e9, 312e12, 19.5e12, 300e9, 25e9),
 }
 
 
@@ -136,6 +137,8 @@ def estimate_run(config: RunConfig, gpu: Gpu) -> dict[TrainStage, StageEstimate]
     engine, b, values = config.engine, config.bilevel, config.values
     content, family = denoiser_config(config.model), family_of(config.model)
     side = latent_side(content, config.model, config.domain.resolution)
+    # Comes first, because it says in words why a denoiser cannot be run.
+    needed = worker_memory(config)
     sizes: list[int] = []
 
     def run(denoiser: Any) -> object:
@@ -143,20 +146,21 @@ def estimate_run(config: RunConfig, gpu: Gpu) -> dict[TrainStage, StageEstimate]
         return run_denoiser(family, denoiser, side)
 
     flops = forward_flops(lambda: make_denoiser(family, content), run)
-    peak = gpu.bf16_flops if engine.mixed_precision == "bf16" else gpu.tf32_flops
+    peak = gpu.bf16_flops if engine.mixed_precision == "bf16" else gpu.fp32_flops
     communication = communication_seconds(engine, gpu, sum(sizes))
     # The step waits for the rank with most pictures.
     pictures = {
         name: settings.micro_batch(engine.num_workers) * settings.gradient_accumulation_steps
         for name, settings in (("relearn", b), ("learn", b), ("values", values))
     }
+    masks = len(config.evaluation.mask_seeds)
     steps = {
         "relearn": config.relearn.max_train_steps,
-        "learn": b.publisher_steps * (b.inner_steps + 1) * len(config.evaluation.mask_seeds),
-        "values": values.max_train_steps,
+        "learn": b.publisher_steps * (b.inner_steps + 1) * masks,
+        "values": values.max_train_steps * masks,
     }
     found: dict[TrainStage, StageEstimate] = {}
-    for stage, memory in worker_memory(config).items():
+    for stage, memory in needed.items():
         if stage not in steps:
             continue
         compute = compute_seconds(flops, pictures[stage], engine.gradient_checkpointing, peak)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks.scaling_model import load
@@ -23,6 +24,7 @@ from raygard.cluster.estimate import (
     sent_in_a_step,
 )
 from raygard.config_file import load_config
+from raygard.errors import RaygardError
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SETTINGS = ("model.pretrained_model_name_or_path=SD2.1-shape", "domain.resolution=512", "engine.mixed_precision=bf16")
@@ -56,6 +58,27 @@ def test_memory_is_the_doctor_s_and_time_is_the_formula() -> None:
         # An all-reduce and an all-gather of bf16 weights, by rings, over NVLink.
         assert each.communication_s == pytest.approx((2 + 1) * 7 / 8 * 2 * 865.9e6 / 450e9, rel=0.01)
     assert found["learn"].steps == config.bilevel.publisher_steps * (config.bilevel.inner_steps + 1)
+
+
+def test_every_mask_has_values_of_its_own() -> None:
+    own = ("values.max_train_steps=30", "domain.general=[other]", "values.train_batch_size=8")
+    found = estimate_run(load_config(None, [*SETTINGS, *own, "evaluation.mask_seeds=[0,1,2]"]), GPUS["H200"])
+    assert found["values"].steps == 90
+
+
+def test_float32_is_not_timed_as_if_torch_took_tf32_for_all_products() -> None:
+    half, full = (
+        estimate_run(load_config(None, [*SETTINGS, f"engine.mixed_precision={kind}"]), GPUS["A100"])["learn"]
+        for kind in ("bf16", "no")
+    )
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert full.compute_s == pytest.approx(half.compute_s * 312 / 19.5)
+
+
+def test_a_size_that_the_denoiser_cannot_take_is_refused_in_words() -> None:
+    settings = ["model.pretrained_model_name_or_path=Flux.1-dev-shape", "domain.resolution=520"]
+    with pytest.raises(RaygardError, match="cannot run this denoiser"):
+        estimate_run(load_config(None, settings), GPUS["H200"])
 
 
 def test_more_workers_hold_less_and_two_nodes_send_over_the_network() -> None:
