@@ -27,14 +27,15 @@ def load_denoiser_state(path: str | Path) -> dict[str, Tensor]:
     path: a diffusers pipeline folder (with `unet/` or `transformer/`), a denoiser folder, or one `.safetensors`
     file. Sharded checkpoints (`*.safetensors.index.json`) are found; variants (`*.fp16.safetensors`) where there
     is nothing else, because diffusers loads them only on demand.
-    Raises RaygardError if there is nothing to read, the file is damaged, or only pickled weights exist.
+    Raises RaygardError if there is nothing to read, the file is damaged, only pickled weights exist, or there are
+    several denoisers.
     """
     root = Path(path)
     if not root.exists():
         raise RaygardError(f"no model at {root}: expected a diffusers folder or a .safetensors file")
     if root.is_file():
         return read_safetensors(root)
-    folder = next((root / name for name in DENOISER_FOLDERS if (root / name).is_dir()), root)
+    folder = _denoiser_in(root)
     variants = (f"{STEM}.*.safetensors.index.json", f"{STEM}.safetensors.index.*.json", f"{STEM}.*.safetensors")
     files = [folder / f"{STEM}.safetensors.index.json", folder / f"{STEM}.safetensors"]
     files += [file for pattern in variants for file in sorted(folder.glob(pattern))]
@@ -46,17 +47,35 @@ def load_denoiser_state(path: str | Path) -> dict[str, Tensor]:
     raise RaygardError(f"{folder} holds no {STEM}.safetensors")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _denoiser_in(root: Path) -> Path:
+    # Which of two a pipeline would load is its own to say; the other could be the release, to be audited in its place.
+    found = [root / name for name in DENOISER_FOLDERS if (root / name).is_dir()]
+    found += [root] if any(root.glob(f"{STEM}*")) else []
+    if len(found) > 1:
+        raise RaygardError(f"{root} holds several denoisers, in {' and '.join(map(str, found))}; name one of them")
+    return found[0] if found else root
+
+
+def shard_files(index: Path) -> dict[str, str]:
+    """File of every tensor of a sharded checkpoint, by the tensor's name.
+
+    index: `*.safetensors.index.json`. Raises RaygardError if it is damaged, or names a file that is not safetensors or
+    lies in another folder.
+    """
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(where.values()))
-        unsafe = [name for name in names if not SHARD.fullmatch(name)]
+        where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        unsafe = [name for name in where.values() if not SHARD.fullmatch(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RaygardError(f"{index} is damaged: no readable weight_map") from None
     if unsafe:
         raise RaygardError(f"{index}: shard {unsafe[0]!r} must be a .safetensors file in the same folder")
+    return where
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    where = shard_files(index)
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(set(where.values())):
         shard = read_safetensors(index.parent / name)
         if set(shard) != {key for key, home in where.items() if home == name}:
             raise RaygardError(f"{index.parent / name} does not hold the tensors that {index.name} says")

@@ -168,6 +168,16 @@ def test_the_file_that_diffusers_loads_is_audited_and_not_a_variant_beside_it(tm
     assert equal(load_denoiser_state(tmp_path), moved)
 
 
+@pytest.mark.parametrize("decoy", ["", "unet"])
+def test_a_second_denoiser_does_not_stand_in_for_the_one_that_is_loaded(tmp_path: Path, decoy: str) -> None:
+    for place in (decoy, "transformer"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        save_file(state(), str(tmp_path / place / f"{STEM}.safetensors"))
+    with pytest.raises(RaygardError, match="several denoisers"):
+        load_denoiser_state(tmp_path)
+    assert equal(load_denoiser_state(tmp_path / "transformer"), state())
+
+
 def test_weights_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
     (tmp_path / f"{STEM}.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(RaygardError, match="pickled weights only"):
