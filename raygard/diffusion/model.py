@@ -20,6 +20,8 @@ from raygard.config import DomainConfig, ModelConfig
 from raygard.diffusion.families import Family, LossSettings, StableDiffusion, family_of_pipeline
 from raygard.errors import RaygardError, nearest
 from raygard.files import named_inside, sha256_file
+from raygard.mask.adapters import PEFT_CONFIG
+from raygard.mask.weights import shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,8 @@ T = TypeVar("T")
 INDEX = "model_index.json"
 # Where the parts of a pipeline may come from; "stable_diffusion" is diffusers' name for its own safety checker.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+# Parts of a pipeline that take pictures as prompts; diffusers would load them, from pickles as well.
+UNUSED = {"image_encoder": None, "feature_extractor": None}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HASHED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -147,13 +151,20 @@ def _load(what: str, folder: Path, load: Callable[[], T]) -> T:
 def _weights(config: ModelConfig, folder: Path, part: str) -> dict[str, Any]:
     import torch
 
+    # transformers reads whatever an index names, and the base that an adapter names in the place of the weights.
+    for index in (folder / part).glob("*.safetensors*.json"):
+        shard_files(index)
+    if (folder / part / PEFT_CONFIG).exists():
+        raise RaygardError(f"{folder / part} holds an adapter ({PEFT_CONFIG}); merge it and save again")
     variant = config.variant
     stems = ("diffusion_pytorch_model", "model")
-    plain = any(list((folder / part).glob(f"{stem}{end}")) for stem in stems
-                for end in (".safetensors", ".safetensors.index.json", "-*.safetensors"))  # fmt: skip
+    plain = any((folder / part / f"{stem}{end}").exists() for stem in stems
+                for end in (".safetensors", ".safetensors.index.json"))  # fmt: skip
     if variant is None and not plain:
+        # `model.fp16.safetensors`, and of shards `model.fp16-00001-of-00002.safetensors` or, as older releases of
+        # diffusers have it, `model-00001-of-00002.fp16.safetensors`.
         found = sorted((folder / part).glob("*.*.safetensors"))
-        variant = found[0].name.split(".")[1] if found else None
+        variant = found[0].name.split(".")[1].partition("-")[0] if found else None
     elif variant is not None and plain and not list((folder / part).glob(f"*.{variant}*")):
         raise RaygardError(f"{folder / part} holds no weights of variant '{variant}' (model.variant); leave it out")
     return {"variant": variant, "use_safetensors": True, "torch_dtype": torch.float32}
@@ -307,6 +318,7 @@ def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
 
     folder, family = model_folder(config), model_family(config)
     parts = {
+        **UNUSED,
         family.denoiser: load_denoiser(config) if denoiser is None else denoiser,
         "vae": load_vae(config),
         **load_text_encoders(config).parts,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raygard.cluster.doctor.facts import worker_memory
@@ -54,6 +55,66 @@ COUNTS = {
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     folder = tmp_path_factory.mktemp("family") / request.param
     return ModelConfig(pretrained_model_name_or_path=str(TINY[request.param](folder)))
+
+
+def test_parts_that_raygard_does_not_use_are_not_loaded(tmp_path: Path, model: ModelConfig) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    folder = shutil.copytree(model.pretrained_model_name_or_path, tmp_path / "model")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size"), 8)
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, num_hidden_layers=1, projection_dim=8))
+    encoder.config.save_pretrained(folder / "image_encoder")
+    torch.save(encoder.state_dict(), folder / "image_encoder" / "pytorch_model.bin")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=str(folder)))
+    assert getattr(pipeline, "image_encoder", None) is None
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY["FluxPipeline"](tmp_path_factory.mktemp("flux") / "model")
+
+
+def shards(folder: Path, name: str) -> None:
+    """Put the index of an only shard of this name in the place of a text encoder's weights."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save = torch.save if name.endswith(".bin") else save_file
+    save(weights, folder / name)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["../../outside.bin", "../../outside.safetensors", "model.bin"])
+def test_an_encoder_s_shards_are_safetensors_beside_their_index(tmp_path: Path, flux: Path, name: str) -> None:
+    folder = shutil.copytree(flux, tmp_path / "model")
+    shards(folder / "text_encoder_2", name)
+    with pytest.raises(RaygardError, match="in the same folder"):
+        load_text_encoders(ModelConfig(pretrained_model_name_or_path=str(folder)))
+
+
+def test_an_adapter_does_not_name_another_encoder(tmp_path: Path, flux: Path) -> None:
+    folder = shutil.copytree(flux, tmp_path / "model")
+    about = {"base_model_name_or_path": "elsewhere", "peft_type": "LORA", "r": 1, "target_modules": ["q"]}
+    (folder / "text_encoder_2" / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(RaygardError, match="holds an adapter"):
+        load_text_encoders(ModelConfig(pretrained_model_name_or_path=str(folder)))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_shards_of_a_variant_are_read_where_there_is_nothing_else(tmp_path: Path, flux: Path, part: str) -> None:
+    folder = shutil.copytree(flux, tmp_path / "model")
+    config = ModelConfig(pretrained_model_name_or_path=str(folder))
+    module = load_denoiser(config) if part == "transformer" else load_text_encoders(config).parts[part]
+    (file,) = (folder / part).glob("*.safetensors")
+    file.unlink()
+    module.save_pretrained(str(folder / part), variant="fp16", max_shard_size="8KB")
+    assert len(list((folder / part).glob("*.fp16-*.safetensors"))) > 1
+    again = load_denoiser(config) if part == "transformer" else load_text_encoders(config).parts[part]
+    for name, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 def test_every_family_has_a_tiny_pipeline() -> None:
