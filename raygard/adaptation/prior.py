@@ -11,18 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raygard.adaptation.prompts import Release, with_captions
-from raygard.config import AdaptConfig, GenerationConfig
+from raygard.config import AdaptConfig, GenerationConfig, ModelConfig
 from raygard.diffusion.cache import LatentSet, encode_pixels
 from raygard.diffusion.conditioning import Conditioning, ConditioningRows
 from raygard.diffusion.generate import generate
-from raygard.diffusion.model import load_pipeline, model_fingerprint, model_parts
+from raygard.diffusion.model import load_pipeline, model_family, model_fingerprint, model_parts
 from raygard.errors import RaygardError
 from raygard.files import scratch
 from raygard.mask.weights import fingerprint, tensor_sha256
 from raygard.store import content_key
-
-# The sampler's settings in diffusers' StableDiffusionPipeline, which its DreamBooth script leaves as they are.
-CLASS_PICTURES = GenerationConfig(num_inference_steps=50, guidance_scale=7.5)
 
 
 def class_pictures(
@@ -46,7 +43,8 @@ def class_pictures(
         name, *others = model_parts(release.model)
         parts = {part: model_fingerprint(release.model, part) for part in others}
         weights = fingerprint({name: tensor_sha256(value) for name, value in denoiser.state_dict().items()})
-        sampler = {"prediction_type": release.model.prediction_type, **CLASS_PICTURES.model_dump(mode="json")}
+        drawing = _drawing(release.model).model_dump(mode="json")
+        sampler = {"prediction_type": release.model.prediction_type, **drawing}
         drawn = {name: weights, **parts, **sampler, "prompt": config.class_prompt, "count": count}
         file = release.cache_dir / f"class-pictures-{content_key(drawn)}.safetensors"
     arrays = _read(file) if file is not None and file.is_file() else None
@@ -72,16 +70,23 @@ def _read(file: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def _drawing(model: ModelConfig) -> GenerationConfig:
+    # diffusers' DreamBooth scripts leave the sampler as the pipeline of their family has it.
+    steps, guidance = model_family(model).default_sampling
+    return GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
+
+
 def _draw(denoiser: nn.Module, prompt: str, count: int, release: Release) -> dict[str, Tensor]:
     from accelerate import PartialState
 
     # The denoiser may still lie where it was loaded, and hundreds of pictures take hours on a CPU.
     device = PartialState(cpu=not torch.cuda.is_available()).device
     pipeline = load_pipeline(release.model, denoiser).to(device)
+    drawing = _drawing(release.model)
     means, stds = [], []
-    for start in range(0, count, CLASS_PICTURES.batch_size):
-        keys = [("class", index) for index in range(start, min(start + CLASS_PICTURES.batch_size, count))]
-        pixels = generate(pipeline, [prompt] * len(keys), keys, CLASS_PICTURES, seed=0)
+    for start in range(0, count, drawing.batch_size):
+        keys = [("class", index) for index in range(start, min(start + drawing.batch_size, count))]
+        pixels = generate(pipeline, [prompt] * len(keys), keys, drawing, seed=0)
         mean, std = encode_pixels(pipeline.vae, torch.from_numpy(pixels), device)
         means.append(mean)
         stds.append(std)

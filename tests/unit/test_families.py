@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -10,14 +11,17 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from raygard.adaptation import prior, prompts
 from raygard.cluster.doctor.facts import worker_memory
-from raygard.config import DomainConfig, ModelConfig
+from raygard.config import AdaptConfig, DomainConfig, GenerationConfig, ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.cache import build_cache, load_cache
 from raygard.diffusion.conditioning import Conditioning, joined
@@ -38,6 +42,7 @@ from raygard.diffusion.shape import KNOWN, family_of_shape, make_denoiser, measu
 from raygard.domain import load_domain
 from raygard.errors import RaygardError
 from tests.families import TINY, make_tiny_sd3
+from tests.latents import latent_set
 
 pytestmark = pytest.mark.families
 CAPTIONS = ["ab c", "d", ""]
@@ -70,6 +75,23 @@ def test_parts_that_raygard_does_not_use_are_not_loaded(tmp_path: Path, model: M
     (folder / "model_index.json").write_text(json.dumps(index))
     pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=str(folder)))
     assert getattr(pipeline, "image_encoder", None) is None
+
+
+def test_class_pictures_are_drawn_as_the_family_s_own_pipeline_draws(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def generate(pipeline: Any, captions: list[str], keys: object, config: GenerationConfig, seed: int) -> Any:
+        used.append((config.num_inference_steps, config.guidance_scale))
+        return np.zeros((len(captions), 16, 16, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(prior, "generate", generate)
+    config = AdaptConfig(method="dreambooth", class_prompt="a", num_class_images=2)
+    release = prompts.Release(model)
+    prior.class_pictures(load_denoiser(model), latent_set(2), config, release, release.embed)
+    call = inspect.signature(getattr(diffusers, model_family(model).pipeline).__call__).parameters
+    assert used == [(call["num_inference_steps"].default, call["guidance_scale"].default)]
 
 
 @pytest.fixture(scope="module")

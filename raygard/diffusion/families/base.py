@@ -46,8 +46,9 @@ class Family(ABC):
     of every tokenizer and text encoder. optional_parts: of them, those that a folder may lack. noise_schedule:
     diffusers' scheduler class that training adds noise by. flow_matching: whether the denoiser finds velocities between
     picture and noise, and not Eq 1's targets. pipeline_settings: further arguments of the pipeline when it is loaded.
-    sampler_settings: the same of a call of it. latent_multiple: the latents' sides must be a multiple of it. shapes:
-    known denoisers by name, as their releases' `config.json` describes them.
+    sampler_settings: the same of a call of it. default_sampling: inference steps and guidance scale of a call of it
+    that names none. latent_multiple: the latents' sides must be a multiple of it. shapes: known denoisers by name, as
+    their releases' `config.json` describes them.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Family(ABC):
     flow_matching: ClassVar[bool] = False
     pipeline_settings: ClassVar[Config] = NOTHING
     sampler_settings: ClassVar[Config] = NOTHING
+    default_sampling: ClassVar[tuple[int, float]]
     latent_multiple: ClassVar[int] = 1
     shapes: ClassVar[Mapping[str, Config]] = NOTHING
 

@@ -35,6 +35,7 @@ class Flux(FlowFamily):
         "text_encoder_2": "T5EncoderModel",
     }
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
+    default_sampling = (28, GUIDANCE)
     num_text_tokens = T5_TOKENS
     # transformer/config.json of black-forest-labs/FLUX.1-dev.
     shapes: ClassVar[Mapping[str, Config]] = {

@@ -34,6 +34,7 @@ class StableDiffusion3(FlowFamily):
     }
     optional_parts = frozenset({"tokenizer_3", "text_encoder_3"})
     sampler_settings: ClassVar[Config] = {"max_sequence_length": T5_TOKENS}
+    default_sampling = (28, 7.0)
     num_text_tokens = CLIP_TOKENS + T5_TOKENS
     # transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
     shapes: ClassVar[Mapping[str, Config]] = {

@@ -34,6 +34,7 @@ class SDXL(Family):
     }
     # An invisible watermark would change the very pictures that are to be measured.
     pipeline_settings: ClassVar[Config] = {"add_watermarker": False}
+    default_sampling = (50, 5.0)
     # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it is not diffusers' default.
     shapes: ClassVar[Mapping[str, Config]] = {
         "SDXL-shape": {

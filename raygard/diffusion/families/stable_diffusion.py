@@ -28,6 +28,7 @@ class StableDiffusion(Family):
     text_parts: ClassVar[Mapping[str, str]] = {"tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModel"}
     # The safety checker would blacken the very pictures that are to be measured.
     pipeline_settings: ClassVar[Config] = {"safety_checker": None, "requires_safety_checker": False}
+    default_sampling = (50, 7.5)
     # What the releases' unet/config.json say, where it is not diffusers' default.
     shapes: ClassVar[Mapping[str, Config]] = {
         "SD1.5-shape": {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
