@@ -17,6 +17,7 @@ from raygard.cluster.estimate import (
     GPUS,
     PAYLOADS,
     UTILISATION,
+    StageEstimate,
     compute_seconds,
     duration,
     estimate_run,
@@ -125,6 +126,7 @@ def test_command_line_says_what_fits() -> None:
 
 
 def test_fits_looks_at_the_stage_that_needs_most() -> None:
-    found = estimate_run(load_config(None, list(SETTINGS)), GPUS["H200"])
-    assert fits(found, GPUS["H200"])
-    assert not fits(found, GPUS["A100-40GB"]) or max(s.memory_bytes for s in found.values()) <= 40e9
+    small, large = (StageEstimate({"weights": size, "activations": 1}, 0.0, 0.0, 1) for size in (1, 40 * 10**9))
+    assert fits({"relearn": small, "learn": small}, GPUS["A100-40GB"])
+    assert not fits({"relearn": small, "learn": large}, GPUS["A100-40GB"])
+    assert not fits({"relearn": large, "learn": small}, GPUS["A100-40GB"])
