@@ -147,7 +147,10 @@ def _factors(file: Path, mask: FreezeMask) -> tuple[dict[str, dict[str, Tensor]]
         module = re.sub(r"\.processor\.to_out$", ".to_out.0", module).replace(".processor.", ".")
         name = f"{module}.weight" if f"{module}.weight" in known else flat.get(module)
         if name is None:
-            raise RaygardError(f"{file} is an adapter of another base model: the mask does not know '{module}'")
+            raise RaygardError(
+                f"{file} is an adapter of another base model: the mask does not know '{module}' (only diffusers' names "
+                "of layers are read)"
+            )
         if value.ndim < 2 and (match or value.numel() != 1):
             raise RaygardError(
                 f"{file}: '{key}' has shape {tuple(value.shape)}, which no LoRA has; the file is damaged"
