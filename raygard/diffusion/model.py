@@ -156,6 +156,8 @@ def _weights(config: ModelConfig, folder: Path, part: str) -> dict[str, Any]:
         shard_files(index)
     if (folder / part / PEFT_CONFIG).exists():
         raise RaygardError(f"{folder / part} holds an adapter ({PEFT_CONFIG}); merge it and save again")
+    if _read_config(folder, part).get("quantization_config") is not None:
+        raise RaygardError(f"{folder / part} holds quantized weights, which cannot be trained; take others")
     variant = config.variant
     stems = ("diffusion_pytorch_model", "model")
     plain = any((folder / part / f"{stem}{end}").exists() for stem in stems

@@ -126,6 +126,17 @@ def test_an_adapter_does_not_name_another_encoder(tmp_path: Path, flux: Path) ->
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_quantized_weights_are_refused_in_words(tmp_path: Path, flux: Path, part: str) -> None:
+    folder = shutil.copytree(flux, tmp_path / "model")
+    file = folder / part / "config.json"
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": about}))
+    config = ModelConfig(pretrained_model_name_or_path=str(folder))
+    with pytest.raises(RaygardError, match="holds quantized weights"):
+        load_denoiser(config) if part == "transformer" else load_text_encoders(config)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
 def test_shards_of_a_variant_are_read_where_there_is_nothing_else(tmp_path: Path, flux: Path, part: str) -> None:
     folder = shutil.copytree(flux, tmp_path / "model")
     config = ModelConfig(pretrained_model_name_or_path=str(folder))
