@@ -169,7 +169,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def standing(sd21: dict[str, float], batch: int) -> float:
-    """Bytes at the end of a forward pass: weights, moments, and what autograd keeps of `batch` pictures."""
+    """Bytes at the end of a forward pass or of a backward one, whichever holds more: weights and moments, and what
+    autograd keeps of `batch` pictures or the gradients.
+    """
     return sd21["weights"] + sd21["moments"] + max(sd21["gradients"], batch * sd21["activations"])
 
 
