@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,13 @@ def searched(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return out, output
 
 
-def lend(searched: Path, out: Path, config: RunConfig) -> None:
+def lend(searched: Path, out: Path, config: RunConfig, parts: Sequence[str] = ("relearn", "cache", "store")) -> None:
     """Give a search of the same domain the relearned state, caches and stored results of a finished one.
 
-    config: of the search to come in `out`. Whatever it decides otherwise it finds missing under its own hash, and
-    computes.
+    parts: which of these. config: of the search to come in `out`. Whatever it decides otherwise it finds missing under
+    its own hash, and computes.
     """
-    for name in ("relearn", "cache", "store"):
+    for name in parts:
         shutil.copytree(searched / name, out / name)
     content = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"half": "publisher"})})
     (out / "config.yaml").write_text(yaml.safe_dump(content.model_dump(mode="json")), encoding="utf-8")
