@@ -178,15 +178,17 @@ def standing(sd21: dict[str, float], batch: int) -> float:
 def markdown(table: Sequence[dict[str, Any]], counted: Sequence[dict[str, Any]], device: str) -> str:
     """The tables of docs/performance.md."""
     unit = "CPU time" if device == "cpu" else "time"
+    many = table[0]["rounds"] > 1
+    said = "saved [range]" if many else "saved"
     lines = [
-        f"| frozen | p | of the parameters | peak memory | saved [range] | {unit} of a step | saved [range] |",
+        f"| frozen | p | of the parameters | peak memory | {said} | {unit} of a step | {said} |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in table:
-        saved = [
-            f"{1 - row[f'{key}_ratio']:.0%} [{1 - row[f'{key}_range'][1]:.0%}, {1 - row[f'{key}_range'][0]:.0%}]"
-            for key in ("peak_bytes", "step_s")
-        ]
+        saved = []
+        for key in ("peak_bytes", "step_s"):
+            low, high = (1 - row[f"{key}_range"][end] for end in (1, 0))
+            saved.append(f"{1 - row[f'{key}_ratio']:.0%}" + (f" [{low:.0%}, {high:.0%}]" if many else ""))
         lines.append(
             f"| {row['way'] if row['p'] else 'nothing'} | {row['p']:g} | {row['param_share']:.0%} | "
             f"{row['peak_bytes'] / GIB:.2f} GiB | {saved[0]} | {row['step_s']:.2f} s | {saved[1]} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks.user_savings import markdown, summarize
 from raygard.cli import app
 from raygard.config_file import load_config, reference_markdown
 from raygard.errors import ExitCode
@@ -70,3 +72,10 @@ def test_files_named_in_the_readme_exist() -> None:
         r"`((?:raygard|jobs|clusters|benchmarks|docs|tests)/[\w./-]+\.\w+)`", (ROOT / "README.md").read_text()
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_the_tables_of_users_savings_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "user_savings.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for table in markdown(summarize(found["rows"]), found["sd21"], found["device"]).split("\n\n"):
+        assert table in text
