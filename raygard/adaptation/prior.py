@@ -37,19 +37,18 @@ def class_pictures(
     """
     if config.class_prompt is None:
         return None
-    count = config.num_class_images or 0
+    count, drawing = config.num_class_images or 0, _drawing(release.model)
     file = None
     if release.cache_dir is not None:
         name, *others = model_parts(release.model)
         parts = {part: model_fingerprint(release.model, part) for part in others}
         weights = fingerprint({name: tensor_sha256(value) for name, value in denoiser.state_dict().items()})
-        drawing = _drawing(release.model).model_dump(mode="json")
-        sampler = {"prediction_type": release.model.prediction_type, **drawing}
+        sampler = {"prediction_type": release.model.prediction_type, **drawing.model_dump(mode="json")}
         drawn = {name: weights, **parts, **sampler, "prompt": config.class_prompt, "count": count}
         file = release.cache_dir / f"class-pictures-{content_key(drawn)}.safetensors"
     arrays = _read(file) if file is not None and file.is_file() else None
     if arrays is None:
-        arrays = _draw(denoiser, config.class_prompt, count, release)
+        arrays = _draw(denoiser, config.class_prompt, count, release, drawing)
         if file is not None:
             with scratch(file) as part:
                 save_file(arrays, str(part))
@@ -76,13 +75,14 @@ def _drawing(model: ModelConfig) -> GenerationConfig:
     return GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
 
 
-def _draw(denoiser: nn.Module, prompt: str, count: int, release: Release) -> dict[str, Tensor]:
+def _draw(
+    denoiser: nn.Module, prompt: str, count: int, release: Release, drawing: GenerationConfig
+) -> dict[str, Tensor]:
     from accelerate import PartialState
 
     # The denoiser may still lie where it was loaded, and hundreds of pictures take hours on a CPU.
     device = PartialState(cpu=not torch.cuda.is_available()).device
     pipeline = load_pipeline(release.model, denoiser).to(device)
-    drawing = _drawing(release.model)
     means, stds = [], []
     for start in range(0, count, drawing.batch_size):
         keys = [("class", index) for index in range(start, min(start + drawing.batch_size, count))]

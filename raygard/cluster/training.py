@@ -111,7 +111,7 @@ def fit(
 
     require_resources(config.engine)
     engine = config.engine
-    worlds = engine.fewest_workers, engine.num_workers
+    fewest, most = engine.fewest_workers, engine.num_workers
     out.mkdir(parents=True, exist_ok=True)
     require_own(out, whole=True)
     trainer = TorchTrainer(
@@ -119,7 +119,7 @@ def fit(
         train_loop_config={"config": config.model_dump(mode="json"), **job},
         torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo", timeout_s=int(engine.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=worlds if len(set(worlds)) == 2 else engine.num_workers,
+            num_workers=most if fewest == most else (fewest, most),
             use_gpu=engine.use_gpu,
             resources_per_worker={"CPU": engine.cpus_per_worker, **({"GPU": 1} if engine.use_gpu else {})},
         ),

@@ -30,6 +30,7 @@ from raygard.editing.inner import INNER, TextModel
 from raygard.editing.sides import SIDES, Side, TwoSidedAdamW
 from raygard.errors import RaygardError, nearest
 from raygard.seeding import generator
+from raygard.shares import largest_share, share
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class IMMASettings:
 
     def micro_batch(self, num_workers: int) -> int:
         """Pictures of one micro-batch; `num_workers` divides the batch."""
-        return self.train_batch_size // (num_workers * self.gradient_accumulation_steps)
+        return largest_share(self.train_batch_size, num_workers * self.gradient_accumulation_steps)
 
     def __post_init__(self) -> None:
         for field in ("rounds", "inner_steps", "outer_steps", "train_batch_size", "gradient_accumulation_steps"):
@@ -187,15 +188,13 @@ class Pictures:
 
     def batches(self, step: int, settings: IMMASettings, place: Place) -> list[tuple[Any, ...]]:
         """Latents, conditioning, noise and timesteps of this rank at `step`, one tuple for each accumulation step."""
-        accumulation, size = settings.gradient_accumulation_steps, settings.train_batch_size
+        size, num_shares = settings.train_batch_size, place.world_size * settings.gradient_accumulation_steps
         rows = torch.randint(len(self.data), (size,), generator=generator(self.seed, self.stream, "rows", step))
-        share = size // (place.world_size * accumulation)
         dealt = []
-        for micro in range(accumulation):
-            first = (micro * place.world_size + place.rank) * share
-            slots = range(first, first + share)
+        for index in range(place.rank, num_shares, place.world_size):
+            slots = share(size, num_shares, index)
             eps, noise, timesteps = draw(self.seed, self.stream, step, slots, self.data.shape, self.num_timesteps)
-            picked = rows[first : first + share]
+            picked = rows[slots.start : slots.stop]
             batch = self.data.latents(picked, eps), self.conditioning(self.data, picked), noise, timesteps
             dealt.append(tuple(part.to(place.device) for part in batch))
         return dealt

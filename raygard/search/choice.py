@@ -57,7 +57,9 @@ def choose(
         raise RaygardError(_nothing_scored(candidates, domain))
     within = [c for c in scored if _upper(c) <= legal_budget]
     near = [c for c in within if c["mitigation"] >= within[0]["mitigation"] - savings_tolerance]
-    chosen = max(near, key=lambda c: c["param_share"]) if savings_tolerance and near else next(iter(near), None)
+    if savings_tolerance:
+        near.sort(key=lambda c: -c["param_share"])
+    chosen = next(iter(near), None)
     nearest = None if chosen is not None else min(scored, key=_least_impact)
     return _finished(
         {

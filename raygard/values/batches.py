@@ -118,8 +118,8 @@ class ValuesSource:
                 slots.append(torch.arange(start + count * own.start, start + count * own.stop))
                 start += count * quarter
             index = torch.cat(slots)
-            batch = self._batch(rows[index], texts[index], roles[index], "values", step, index)
-            dealt.append(batch._replace(weight=torch.tensor(weight(quarter, num_shares, number))))
+            counts = weight(quarter, num_shares, number)
+            dealt.append(self._batch(rows[index], texts[index], roles[index], "values", step, index, counts))
         return dealt
 
     def probe(self, role: int, noise_bin: int, num_bins: int, slots: Tensor, num_slots: int) -> Batch:
@@ -151,11 +151,13 @@ class ValuesSource:
             texts.append(group.texts[name, picked])
         return torch.stack(rows), torch.stack(texts)
 
-    def _batch(self, rows: Tensor, texts: Tensor, roles: Tensor, stream: str, step: int, slots: Tensor) -> Batch:
+    def _batch(
+        self, rows: Tensor, texts: Tensor, roles: Tensor, stream: str, step: int, slots: Tensor, counts: float = 1.0
+    ) -> Batch:
         shape = self.data.shape
         eps, noise, timesteps = draw(self.seed, stream, step, slots.tolist(), shape, self.num_timesteps)
         latents, conditioning = self.data.latents(rows, eps), self.data.conditioning.unique.rows(texts)
-        return Batch(latents, conditioning, noise, timesteps, roles, torch.ones(()))
+        return Batch(latents, conditioning, noise, timesteps, roles, torch.tensor(counts))
 
 
 def further_captions(
