@@ -17,7 +17,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from raygard.diffusion.shape import KNOWN, family_of_shape, forward_flops, make_denoiser, measure, run_denoiser
+from raygard.diffusion.shape import (
+    KNOWN,
+    family_of_shape,
+    forward_flops,
+    make_denoiser,
+    measure,
+    meta_denoiser,
+    run_denoiser,
+)
 
 RESULTS = Path(__file__).parent / "results" / "denoisers.json"
 # name: known shape, latents' side, pixels.
@@ -46,7 +54,7 @@ def facts(name: str) -> dict[str, Any]:
         "largest_tensor": max(plain.sizes),
         "saved_elements": plain.saved_elements,
         "saved_elements_checkpointed": kept.saved_elements,
-        "forward_flops": forward_flops(make, run),
+        "forward_flops": forward_flops(family, meta_denoiser(family, KNOWN[shape]), side),
     }
 
 

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raygard.cluster.doctor.memory import CUDA_CONTEXT, FP32, GIB, TrainStage, ZeroStage, estimate_memory
-from raygard.cluster.estimate import GPUS_PER_NODE, PASSES, compute_seconds, sent, sent_in_a_step
+from raygard.cluster.estimate import GPUS_PER_NODE, PASSES, compute_seconds, named_gpu, sent, sent_in_a_step
 
+H200, A100 = named_gpu("H200"), named_gpu("A100")
 # name: (value, unit, source)
 HARDWARE = {
-    "H200 memory": (141e9, "B", "NVIDIA's system description in MLPerf Inference v4.1 (H200-SXM-141GBx8)"),
-    "H200 bf16, dense": (989e12, "FLOP/s", "NVIDIA H200 data sheet: half of the 1,979 with sparsity"),
-    "H200 NVLink, one direction": (450e9, "B/s", "the same description: 18 links, 900 GB/s both ways"),
-    "between nodes, for each GPU": (50e9, "B/s", "NVIDIA DGX BasePOD guide, DGX H200: eight ConnectX-7 of 400 Gb/s"),
-    "A100 bf16, dense": (312e12, "FLOP/s", "NVIDIA A100 data sheet"),
+    "H200 memory": (H200.memory_bytes, "B", "NVIDIA's system description in MLPerf Inference v4.1 (H200-SXM-141GBx8)"),
+    "H200 bf16, dense": (H200.bf16_flops, "FLOP/s", "NVIDIA H200 data sheet: half of the 1,979 with sparsity"),
+    "H200 NVLink, one direction": (H200.link_bytes, "B/s", "the same description: 18 links, 900 GB/s both ways"),
+    "between nodes, for each GPU": (
+        H200.network_bytes,
+        "B/s",
+        "NVIDIA DGX BasePOD guide, DGX H200: eight ConnectX-7 of 400 Gb/s",
+    ),
+    "A100 bf16, dense": (A100.bf16_flops, "FLOP/s", "NVIDIA A100 data sheet"),
 }
 # SD2-base's UNet from cached latents at 512 px: pictures a second by number of A100s (mosaicml/diffusion, README.md).
 ANCHOR = {8: 290, 16: 585, 32: 1195, 64: 2340, 128: 4590}

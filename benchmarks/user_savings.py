@@ -37,8 +37,15 @@ from torch import nn
 from benchmarks import workers
 from benchmarks.memory import TINY, UNET
 from benchmarks.resident import reset_peak, resident
-from raygard.diffusion.families.stable_diffusion import CLIP_TOKENS
-from raygard.diffusion.shape import KNOWN, measure
+from raygard.diffusion.shape import (
+    KNOWN,
+    count_flops,
+    family_of_shape,
+    make_denoiser,
+    measure,
+    meta_denoiser,
+    run_denoiser,
+)
 from raygard.mask.soft import select_frozen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,31 +130,24 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
 
 def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
     """Bytes and operations of one float32 step of SD 2.1's UNet at 512 px, batch 1, by arithmetic."""
-    from diffusers import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def make() -> nn.Module:
-        return freeze(UNet2DConditionModel(**KNOWN["SD2.1-shape"]).train(), frozen)
-
-    def run(unet: Any) -> Any:
-        inputs = torch.empty(1, 4, SD21_SIDE, SD21_SIDE), torch.zeros(1), torch.empty(1, CLIP_TOKENS, 1024)
-        return unet(*inputs, return_dict=False)[0]
-
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**KNOWN["SD2.1-shape"])
-    counts = [parameter.numel() for parameter in unet.parameters()]
+    family, config = family_of_shape("SD2.1-shape"), KNOWN["SD2.1-shape"]
+    denoiser = meta_denoiser(family, config)
+    counts = [parameter.numel() for parameter in denoiser.parameters()]
     frozen = choose(counts, way, p, seed)
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"), counter:
-        run(freeze(unet.train(), frozen)).sum().backward()
+    freeze(denoiser, frozen)
+    flops = count_flops(lambda: run_denoiser(family, denoiser, SD21_SIDE).sum().backward())
+    kept = measure(
+        lambda: freeze(make_denoiser(family, config), frozen),
+        lambda module: run_denoiser(family, module, SD21_SIDE),
+    )
     trained = sum(count for count, held in zip(counts, frozen, strict=True) if not held)
     return {
         "param_share": share(counts, frozen),
         "weights": 4 * sum(counts),
         "gradients": 4 * trained,
         "moments": 8 * trained,
-        "activations": 4 * measure(make, run).saved_elements,
-        "flops": counter.get_total_flops(),
+        "activations": 4 * kept.saved_elements,
+        "flops": flops,
     }
 
 

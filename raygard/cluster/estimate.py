@@ -124,14 +124,7 @@ def communication_seconds(engine: EngineConfig, gpu: Gpu, num_params: int) -> fl
 def estimate_run(config: RunConfig, gpu: Gpu) -> dict[TrainStage, StageEstimate]:
     """Every training stage of a run on this kind of GPU. Raises RaygardError if the model's shape cannot be found."""
     from raygard.cluster.doctor.facts import worker_memory
-    from raygard.diffusion.shape import (
-        denoiser_config,
-        family_of,
-        forward_flops,
-        latent_side,
-        make_denoiser,
-        run_denoiser,
-    )
+    from raygard.diffusion.shape import denoiser_config, family_of, forward_flops, latent_side, meta_denoiser
 
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"use_gpu": True})})
     engine, b, values = config.engine, config.bilevel, config.values
@@ -139,15 +132,10 @@ def estimate_run(config: RunConfig, gpu: Gpu) -> dict[TrainStage, StageEstimate]
     side = latent_side(content, config.model, config.domain.resolution)
     # Comes first, because it says in words why a denoiser cannot be run.
     needed = worker_memory(config)
-    sizes: list[int] = []
-
-    def run(denoiser: Any) -> object:
-        sizes.extend(parameter.numel() for parameter in denoiser.parameters())
-        return run_denoiser(family, denoiser, side)
-
-    flops = forward_flops(lambda: make_denoiser(family, content), run)
+    denoiser = meta_denoiser(family, content)
+    flops = forward_flops(family, denoiser, side)
     peak = gpu.bf16_flops if engine.mixed_precision == "bf16" else gpu.fp32_flops
-    communication = communication_seconds(engine, gpu, sum(sizes))
+    communication = communication_seconds(engine, gpu, sum(parameter.numel() for parameter in denoiser.parameters()))
     # The step waits for the rank with most pictures.
     pictures = {
         name: settings.micro_batch(engine.num_workers) * settings.gradient_accumulation_steps

@@ -129,20 +129,30 @@ def measure(make: Callable[[], Any], run: Callable[[Any], object]) -> DenoiserSh
     return DenoiserShape(tuple(parameter.numel() for parameter in parameters), kept // torch.float32.itemsize)
 
 
-def forward_flops(make: Callable[[], Any], run: Callable[[Any], object]) -> int:
-    """Floating-point operations of `run`, which takes the module; a multiplication and an addition are two.
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of `work`, which runs a module of the meta device.
 
-    Matrix products and convolutions are counted (torch's FlopCounterMode), on the meta device, where attention is made
-    of products that the counter knows.
+    A multiplication and an addition are two. Matrix products and convolutions are counted (torch's FlopCounterMode); on
+    that device attention is made of products that the counter knows.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.no_grad():
-        module = make()
-        with counter:
-            run(module)
+    with torch.device("meta"), counter:
+        work()
     return int(counter.get_total_flops())
+
+
+def forward_flops(family: Family, denoiser: Any, latent_side: int) -> int:
+    """`count_flops` of one picture's forward pass."""
+    with torch.no_grad():
+        return count_flops(lambda: run_denoiser(family, denoiser, latent_side))
+
+
+def meta_denoiser(family: Family, config: Mapping[str, Any]) -> Any:
+    """A denoiser without memory or values, for its sizes and for `count_flops`."""
+    with torch.device("meta"):
+        return make_denoiser(family, config)
 
 
 def make_denoiser(family: Family, config: Mapping[str, Any], checkpointing: bool = False) -> Any:
