@@ -59,17 +59,21 @@ def model_folder(config: ModelConfig) -> Path:
 
     Raises RaygardError if there is no such model, the hub cannot be reached, or it is of no family that raygard reads.
     """
-    folder = _folder(config)
-    index = _read_index(folder)
-    family_of_pipeline(index.get("_class_name"), folder)
-    _refuse_code(folder, index)
-    return folder
+    return _open(config)[0]
 
 
 def model_family(config: ModelConfig) -> Family:
     """The family of a model, from its model_index.json. Raises RaygardError as `model_folder`."""
-    folder = model_folder(config)
-    return family_of_pipeline(_read_index(folder).get("_class_name"), folder)
+    return _open(config)[1]
+
+
+def _open(config: ModelConfig) -> tuple[Path, Family, dict[str, Any]]:
+    """Folder, family and model_index.json, once for whoever needs several of them."""
+    folder = _folder(config)
+    index = _read_index(folder)
+    family = family_of_pipeline(index.get("_class_name"), folder)
+    _refuse_code(folder, index)
+    return folder, family, index
 
 
 def _folder(config: ModelConfig) -> Path:
@@ -205,7 +209,7 @@ def _load_part(config: ModelConfig, library: str, part: str, name: str) -> Any:
 
 def text_parts(config: ModelConfig) -> tuple[str, ...]:
     """Sub-folders of the model's tokenizers and text encoders, without optional ones that it lacks."""
-    family, index = model_family(config), _read_index(model_folder(config))
+    _, family, index = _open(config)
     return tuple(
         part
         for part in family.text_parts
@@ -281,18 +285,17 @@ def load_noise_scheduler(config: ModelConfig) -> DDPMScheduler:
     """
     import diffusers
 
-    folder = model_folder(config)
-    cls: Any = getattr(diffusers, model_family(config).noise_schedule)
+    folder, family, _ = _open(config)
+    cls: Any = getattr(diffusers, family.noise_schedule)
     settings = _load("scheduler", folder, lambda: cls.load_config(str(folder), subfolder="scheduler"))
     defaults: Any = inspect.signature(cls).parameters
     known = {key: settings[key] for key in defaults if key in settings}
-    if (chosen := _prediction_type(config)) is not None:
+    if (chosen := _prediction_type(config, family)) is not None:
         known["prediction_type"] = chosen
     return _load("scheduler", folder, lambda: cls.from_config(known))
 
 
-def _prediction_type(config: ModelConfig) -> str | None:
-    family = model_family(config)
+def _prediction_type(config: ModelConfig, family: Family) -> str | None:
     if config.prediction_type is not None and family.flow_matching:
         raise RaygardError(
             f"model.prediction_type has no effect on {family.name}, which is trained by flow matching; remove it"
@@ -305,10 +308,10 @@ def load_loss(config: ModelConfig, snr_gamma: float | None = None) -> TrainingLo
 
     Raises RaygardError for a setting that the family's loss does not have.
     """
-    folder = model_folder(config)
+    folder, family, _ = _open(config)
     scheduler = load_noise_scheduler(config)
     factor = lambda: vae_factor(_read_config(folder, "vae"))  # noqa: E731
-    return model_family(config).loss(LossSettings(scheduler, factor, config.prediction_type, snr_gamma))
+    return family.loss(LossSettings(scheduler, factor, config.prediction_type, snr_gamma))
 
 
 def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
@@ -318,7 +321,7 @@ def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
     """
     import diffusers
 
-    folder, family = model_folder(config), model_family(config)
+    folder, family, _ = _open(config)
     parts = {
         **UNUSED,
         family.denoiser: load_denoiser(config) if denoiser is None else denoiser,
@@ -328,7 +331,7 @@ def load_pipeline(config: ModelConfig, denoiser: Any = None) -> Any:
     }
     cls: Any = getattr(diffusers, family.pipeline)
     pipeline = _load("pipeline", folder, lambda: cls.from_pretrained(str(folder), **parts))
-    if (chosen := _prediction_type(config)) is not None:
+    if (chosen := _prediction_type(config, family)) is not None:
         sampler = pipeline.scheduler
         pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=chosen)
     pipeline.set_progress_bar_config(disable=True)
@@ -360,7 +363,7 @@ def with_resolution(domain: DomainConfig, model: ModelConfig) -> DomainConfig:
     """`domain` with the model's own resolution (sample_size times the autoencoder's factor) where it has none."""
     if domain.resolution is not None:
         return domain
-    folder, family = model_folder(model), model_family(model)
+    folder, family, _ = _open(model)
     try:
         side = family.sample_size(_read_config(folder, family.denoiser)) * vae_factor(_read_config(folder, "vae"))
     except (RaygardError, KeyError, ValueError, TypeError):
