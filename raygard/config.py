@@ -188,6 +188,15 @@ class EngineConfig(Section):
     checkpointing_steps: int = Field(5, ge=1, description="publisher steps between checkpoints")
     checkpoints_total_limit: int = Field(2, ge=1)
     gradient_checkpointing: bool = False
+    channels_last: bool = Field(False, description="memory format of latents")
+    compile: bool = Field(False, description="torch.compile of the denoiser's repeated blocks")
+    offload_optimizer_device: Literal["none", "cpu"] = Field("none", description="ZeRO-Offload; ZeRO 1 to 3")
+    offload_param_device: Literal["none", "cpu"] = Field("none", description="ZeRO-Offload; ZeRO 3")
+    theta_d_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 is rounded at random")
+    theta_d_device: Literal["worker", "cpu"] = Field("worker", description="cpu: main memory, pinned")
+    stream_gradients: bool = Field(
+        False, description="use each gradient as it arrives; one worker without DeepSpeed (docs/large-models.md)"
+    )
     timeout_s: float = Field(1800.0, gt=0, description="collective timeout")
     node_timeout_s: float = Field(
         900.0, gt=0, description="after lost nodes: how long to wait for room for the workers before giving up"
@@ -203,6 +212,26 @@ class EngineConfig(Section):
     def _fewer_than_all(self) -> EngineConfig:
         if self.fewest_workers > self.num_workers:
             raise ValueError(f"engine.min_workers {self.min_workers} is above engine.num_workers {self.num_workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_stage(self) -> EngineConfig:
+        zero = self.zero_stage
+        if self.offload_optimizer_device == "cpu" and zero == 0:
+            raise ValueError("engine.offload_optimizer_device=cpu needs engine.zero_stage 1, 2 or 3, not 0")
+        if self.offload_param_device == "cpu" and zero != 3:
+            raise ValueError(f"engine.offload_param_device=cpu needs engine.zero_stage=3, not {zero}")
+        if self.theta_d_device == self.offload_optimizer_device == "cpu":
+            raise ValueError(
+                "engine.offload_optimizer_device=cpu takes theta_d along; engine.theta_d_device=cpu has no effect"
+            )
+        if self.compile and zero == 3:
+            raise ValueError("engine.compile needs engine.zero_stage below 3, which takes weights apart between layers")
+        if self.stream_gradients and (self.num_workers, zero) != (1, 0):
+            raise ValueError(
+                "engine.stream_gradients is for one worker without sharding: set engine.num_workers=1 and "
+                "engine.zero_stage=0"
+            )
         return self
 
 
@@ -385,6 +414,16 @@ class RunConfig(Section):
     def _batch_divides(self) -> RunConfig:
         b = self.bilevel
         check_batch("bilevel", b.train_batch_size, 2, "2 roles", b.gradient_accumulation_steps, self.engine.num_workers)
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_can_be_streamed(self) -> RunConfig:
+        b = self.bilevel
+        if self.engine.stream_gradients and (b.max_grad_norm > 0 or b.gradient_accumulation_steps > 1):
+            raise ValueError(
+                "engine.stream_gradients uses each gradient as it arrives: set bilevel.max_grad_norm=0 and "
+                "bilevel.gradient_accumulation_steps=1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,5 +2,6 @@
 
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.segments import Segment, ShardLayout
+from raygard.bilevel.streamed import StreamedEngine
 
-__all__ = ["BilevelOptimizer", "Segment", "ShardLayout"]
+__all__ = ["BilevelOptimizer", "Segment", "ShardLayout", "StreamedEngine"]

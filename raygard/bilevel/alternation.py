@@ -23,13 +23,21 @@ class DenoiserLoss(nn.Module):
     """A denoiser with its training loss, so that an engine wraps one module with one forward.
 
     autocast: run float32 weights in this dtype; for engines that do not convert the weights themselves.
+    memory_format: of pictures, which convolutions pass on; weights keep theirs.
     """
 
-    def __init__(self, denoiser: nn.Module, loss: TrainingLoss, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        loss: TrainingLoss,
+        autocast: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.loss = loss
         self.autocast = autocast
+        self.memory_format = memory_format
 
     def forward(self, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Loss of each sample, (B,) (Eq 1)."""
@@ -40,6 +48,8 @@ class DenoiserLoss(nn.Module):
     ) -> Tensor:
         """`forward` with another denoiser, which is part of the same engine."""
         dtype, enabled = self.autocast or torch.float32, self.autocast is not None
+        latents = latents.contiguous(memory_format=self.memory_format)
+        noise = noise.contiguous(memory_format=self.memory_format)
         with torch.autocast(latents.device.type, dtype=dtype, enabled=enabled):
             return self.loss.per_sample(denoiser, latents, conditioning, noise, timesteps)
 

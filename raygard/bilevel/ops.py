@@ -17,8 +17,11 @@ from raygard.bilevel.segments import Segment
 
 # From here on one operation for a tensor costs less than a factor for each of its elements.
 LARGE = 1 << 11
-# A float32 dot product adds up at most this many elements before its result goes to float64.
-CHUNK = 1 << 18
+# A float32 dot product adds up at most this many elements before its result goes to float64. A GPU adds in a tree, and
+# starting one product for each 2^18 elements of a large model would take longer than the products.
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+# What is kept in another form, or in main memory, is brought over in pieces of so many elements.
+PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class SegmentOps:
 
     def __init__(self, segments: Sequence[Segment], num_tensors: int, num_elements: int, device: torch.device) -> None:
         self.num_tensors = num_tensors
+        self.device = device
         self.runs = [_run(group, device) for group in _group(segments)]
         small = [run.tensors for run in self.runs if run.tensor is None]
         self._small = torch.cat(small).to(device) if small else torch.empty(0, dtype=torch.int64)
@@ -64,29 +68,53 @@ class SegmentOps:
             "change": [now - then for now, then in zip(prepared, before or prepared, strict=True)],
         }
 
-    def add_scaled(self, target: Tensor, source: Tensor, name: str, scale: float = 1.0) -> None:
-        """target += scale * factor[tensor] * source, elementwise by segment; padding is not touched."""
+    def add_scaled(
+        self, target: Tensor, source: Tensor, name: str, scale: float = 1.0, rng: torch.Generator | None = None
+    ) -> None:
+        """target += scale * factor[tensor] * source, elementwise by segment; padding is not touched.
+
+        Either may be bfloat16 or lie in main memory: sums are made in float32 on the shard's device. rng: of that
+        device, needed where target is bfloat16, which is rounded at random (`round_at_random`).
+        """
+        plain = target.dtype == torch.float32 and target.device == self.device
         for run, factor in zip(self.runs, self._factors[name], strict=True):
-            out, values = target[run.start : run.stop], source[run.start : run.stop]
-            if isinstance(factor, Tensor):
-                out.addcmul_(values, factor, value=scale)
-            else:
-                out.add_(values, alpha=scale * factor)
+            # Runs that have a factor for each element are short.
+            step = run.stop - run.start if plain or isinstance(factor, Tensor) else PIECE
+            for start in range(run.start, run.stop, step):
+                stop = min(start + step, run.stop)
+                kept, values = target[start:stop], self._fetch(source[start:stop])
+                out = kept if plain else self._fetch(kept)
+                if isinstance(factor, Tensor):
+                    out.addcmul_(values, factor, value=scale)
+                else:
+                    out.add_(values, alpha=scale * factor)
+                if kept.dtype == torch.bfloat16:
+                    assert rng is not None
+                    out = round_at_random(out, rng)
+                if not plain:
+                    kept.copy_(out, non_blocking=True)
+
+    def _fetch(self, part: Tensor) -> Tensor:
+        return part.to(self.device, torch.float32, non_blocking=True)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        """s_i = sum over my elements of tensor i of left * right: float64 (N,) on the shard's device (Eq 12)."""
+        """s_i = sum over my elements of tensor i of left * right: float64 (N,) on the shard's device (Eq 12).
+
+        left: float32 on that device. right: as in `add_scaled`.
+        """
         sums = torch.zeros(self.num_tensors, dtype=torch.float64, device=left.device)
+        chunk = CHUNK[left.device.type]
         large: list[int] = []
         dots: list[Tensor] = []
         small: list[Tensor] = []
         for run in self.runs:
             a, b = left[run.start : run.stop], right[run.start : run.stop]
             if run.tensor is None:
-                small.append(torch.segment_reduce(a.double().mul_(b), "sum", lengths=run.lengths))
+                small.append(torch.segment_reduce(a.double().mul_(self._fetch(b)), "sum", lengths=run.lengths))
                 continue
-            for start in range(0, len(a), CHUNK):
+            for start in range(0, len(a), chunk):
                 large.append(run.tensor)
-                dots.append(torch.dot(a[start : start + CHUNK], b[start : start + CHUNK]))
+                dots.append(torch.dot(a[start : start + chunk], self._fetch(b[start : start + chunk])))
         if small:
             sums.index_add_(0, self._small, torch.cat(small))
         if large:
@@ -96,6 +124,17 @@ class SegmentOps:
     def zero_padding(self, shard: Tensor) -> None:
         if len(self.padding):
             shard[self.padding] = 0
+
+
+def round_at_random(values: Tensor, rng: torch.Generator) -> Tensor:
+    """bfloat16 of finite float32 values, which are overwritten: up or down with a chance that makes the mean exact.
+
+    Rounding to the nearest would lose every step smaller than half of the distance between neighbours (Gupta et al.
+    2015, stochastic rounding).
+    """
+    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
+    values.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+    return values.to(torch.bfloat16)
 
 
 def _group(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from raygard.bilevel.ops import SegmentOps
 from raygard.bilevel.rules import Rule, RuleState
 from raygard.bilevel.segments import ShardLayout
+from raygard.seeding import derive_seed
 
 StepKind = Literal["user", "publisher"]
 Reduce = Callable[[Tensor], None]
@@ -33,7 +34,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
     drift. rule=None keeps m = 0: plain fine-tuning that tracks theta_d (relearning).
 
     params: as for any torch optimizer, one parameter group. reduce: sums a tensor over ranks in place; None for one
-    process. Set `kind` before each `step`. `bind` must be called once before the first step.
+    process. Set `kind` before each `step`. `bind` must be called once before the first step. theta_d_dtype: bfloat16
+    halves what theta_d takes; it is then rounded at random, and the invariant holds up to that. theta_d_on_host: it
+    lies in main memory (pinned beside a GPU) and visits the device piece by piece in every step.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         max_grad_norm: float = 0.0,
         reduce: Reduce | None = None,
+        theta_d_dtype: torch.dtype = torch.float32,
+        theta_d_on_host: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len(self.param_groups) != 1:
@@ -58,6 +63,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.last: dict[str, float] = {}
         self.num_collectives = 0
+        self.theta_d_dtype, self.theta_d_on_host = theta_d_dtype, theta_d_on_host
+        self._signal: Tensor | None = None
+        self._consumed = 0
+        self._places: dict[Tensor, int] = {}
         self._reduce = reduce
         self._layout: ShardLayout | None = None
         self._ops: dict[Tensor, SegmentOps] = {}
@@ -102,6 +111,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for shard, segments in zip(shards, layout.shards, strict=True):
                 ops = SegmentOps(segments, layout.num_tensors, shard.numel(), shard.device)
+                self._places[shard] = len(self._ops)
                 self._ops[shard] = ops
                 theta_d = torch.zeros(shard.numel(), dtype=torch.float32, device=shard.device)
                 relearned = torch.zeros_like(theta_d)
@@ -112,10 +122,17 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 for s in segments:
                     part = slice(s.shard_start, s.shard_start + s.length)
                     theta[part] = theta_d[part]
-                theta_d.sub_(relearned)
+                kept = self._kept(theta_d.sub_(relearned))
                 ops.set_mask(self._soft)
-                ops.add_scaled(theta, theta_d, "keep", -1.0)
-                self.state[shard]["theta_d"] = theta_d
+                ops.add_scaled(theta, kept, "keep", -1.0)
+                self.state[shard].update(theta_d=kept, step=0)
+
+    def _kept(self, theta_d: Tensor) -> Tensor:
+        """theta_d as this optimizer keeps it."""
+        kept = theta_d.to(self.theta_d_dtype)
+        if not self.theta_d_on_host:
+            return kept
+        return kept.cpu().pin_memory() if theta_d.is_cuda else kept
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -125,18 +142,40 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("BilevelOptimizer takes no closure")
-        group = self.param_groups[0]
-        shards = [p for p in group["params"] if p.grad is not None]
+        shards = [p for p in self.param_groups[0]["params"] if p.grad is not None]
         if len(shards) != len(self._ops):
             raise ValueError(f"{len(shards)} shards have gradients, {len(self._ops)} were bound")
         for shard in shards:
             self._ops[shard].zero_padding(_grad(shard))
         if self.kind == "user":
-            self._user_step(group, shards)
-        else:
-            self._publisher_step(shards)
+            self._clip(shards)
+        for shard in shards:
+            self._use(shard)
+        if self.kind == "publisher":
+            self._update_mask()
 
-    def _user_step(self, group: dict[str, Any], shards: Sequence[Tensor]) -> None:
+    @torch.no_grad()
+    def consume(self, shard: Tensor) -> None:
+        """Do one shard's part of the step of the current `kind` and free its gradient.
+
+        For gradients that are used as they arrive: when all shards were consumed, `finish` ends the step. A gradient
+        must be whole, and nothing may need theta(m) of this shard any more; there is no clipping.
+        """
+        self._ops[shard].zero_padding(_grad(shard))
+        self._use(shard)
+        shard.grad = None
+        self._consumed += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End a step whose gradients were consumed. Collective where `step` is."""
+        consumed, self._consumed = self._consumed, 0
+        if consumed != len(self._ops):
+            raise ValueError(f"{consumed} shards have had gradients, {len(self._ops)} were bound")
+        if self.kind == "publisher":
+            self._update_mask()
+
+    def _clip(self, shards: Sequence[Tensor]) -> None:
         if self.max_grad_norm > 0:
             square = torch.stack([torch.linalg.vector_norm(_grad(p)).double() ** 2 for p in shards]).sum()
             self._sum_over_ranks(square)
@@ -145,24 +184,42 @@ class BilevelOptimizer(torch.optim.Optimizer):
             if norm > self.max_grad_norm:
                 for shard in shards:
                     _grad(shard).mul_(self.max_grad_norm / norm)
-        for shard in shards:
-            ops, state = self._ops[shard], self.state[shard]
-            theta, theta_d, update = shard.view(-1), state["theta_d"], _grad(shard)
-            if self.user_optimizer == "adamw":
-                self._adam_direction(group, state, update)
-                if group["weight_decay"]:
-                    update.add_(theta, alpha=group["weight_decay"])
-                    ops.add_scaled(update, theta_d, "soft", -group["weight_decay"])
-            ops.add_scaled(theta_d, update, "keep", group["lr"])
-            ops.add_scaled(theta, update, "keep2", -group["lr"])
+
+    def _use(self, shard: Tensor) -> None:
+        """A user step of one shard, or its part of the publisher's signal."""
+        if self.kind == "user":
+            self._user_step(self.param_groups[0], shard)
+            return
+        if self.rule is None:
+            raise ValueError("publisher steps need an update rule")
+        if self._signal is None:
+            self._signal = torch.zeros(self.layout.num_tensors, dtype=torch.float64, device=shard.device)
+        self._signal += self._ops[shard].inner(_grad(shard), self.state[shard]["theta_d"])
+
+    def _user_step(self, group: dict[str, Any], shard: Tensor) -> None:
+        ops, state = self._ops[shard], self.state[shard]
+        theta, theta_d, update = shard.view(-1), state["theta_d"], _grad(shard)
+        state["step"] += 1
+        if self.user_optimizer == "adamw":
+            self._adam_direction(group, state, update)
+            if group["weight_decay"]:
+                update.add_(theta, alpha=group["weight_decay"])
+                ops.add_scaled(update, theta_d, "soft", -group["weight_decay"])
+        ops.add_scaled(theta_d, update, "keep", group["lr"], self._rounding(shard))
+        ops.add_scaled(theta, update, "keep2", -group["lr"])
+
+    def _rounding(self, shard: Tensor) -> torch.Generator | None:
+        """Keyed by step and shard, so that a resumed run rounds as an undisturbed one would have."""
+        if self.theta_d_dtype == torch.float32:
+            return None
+        seed = derive_seed("theta_d", self.state[shard]["step"], self._places[shard])
+        return torch.Generator(shard.device).manual_seed(seed)
 
     @staticmethod
     def _adam_direction(group: dict[str, Any], state: dict[str, Any], grad: Tensor) -> None:
         """Replace `grad` by Adam's bias-corrected direction, without the learning rate."""
-        if "step" not in state:
-            state["step"] = 0
+        if MOMENTS[0] not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-        state["step"] += 1
         beta1, beta2 = group["betas"]
         state["exp_avg"].lerp_(grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -170,20 +227,17 @@ class BilevelOptimizer(torch.optim.Optimizer):
         torch.div(state["exp_avg"], denominator, out=grad)
         grad.div_(1 - beta1 ** state["step"])
 
-    def _publisher_step(self, shards: Sequence[Tensor]) -> None:
-        if self.rule is None:
-            raise ValueError("publisher steps need an update rule")
-        signal = torch.zeros(self.layout.num_tensors, dtype=torch.float64, device=shards[0].device)
-        for shard in shards:
-            signal += self._ops[shard].inner(_grad(shard), self.state[shard]["theta_d"])
-        self._sum_over_ranks(signal)
-        signal = signal.cpu()
+    def _update_mask(self) -> None:
+        """The rest of a publisher step, when the signal of all shards is there."""
+        assert self.rule is not None and self._signal is not None
+        self._sum_over_ranks(self._signal)
+        signal, self._signal = self._signal.cpu(), None
         self.rule.update(self._rule_state, signal)
         self._soft = self.rule.soft(self._rule_state)
         self.last["signal_norm"] = float(signal.norm())
-        for shard in shards:
-            self._ops[shard].set_mask(self._soft)
-            self._ops[shard].add_scaled(shard.view(-1), self.state[shard]["theta_d"], "change")
+        for shard, ops in self._ops.items():
+            ops.set_mask(self._soft)
+            ops.add_scaled(shard.view(-1), self.state[shard]["theta_d"], "change")
 
     def _sum_over_ranks(self, values: Tensor) -> None:
         if self._reduce is not None and not self.layout.replicated:
@@ -191,7 +245,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self.num_collectives += 1
 
     def theta_d(self) -> list[Tensor]:
-        """theta_d of every shard, in the layout's order."""
+        """theta_d of every shard as it is kept, in the layout's order."""
+        if self.theta_d_on_host and torch.cuda.is_available():
+            torch.cuda.synchronize()
         return [self.state[shard]["theta_d"] for shard in self._ops]
 
     def shards(self) -> list[Tensor]:
@@ -199,7 +255,9 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
     def theta_d_norm(self) -> float:
         """Euclidean norm of theta_d over the whole model. Collective if sharded."""
-        square = torch.stack([d.norm().double() ** 2 for d in self.theta_d()]).sum()
+        square = torch.stack(
+            [torch.linalg.vector_norm(d, dtype=torch.float32).double() ** 2 for d in self.theta_d()]
+        ).sum()
         if self._reduce is not None and not self.layout.replicated:
             self._reduce(square)
         return float(square.sqrt())
@@ -208,13 +266,13 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def invariant_error(self, theta_pre: Mapping[str, Tensor]) -> float:
         """Largest |theta(m) - theta_pre + (1 - m) theta_d| on this rank. Local."""
         worst = 0.0
-        for shard, segments in zip(self._ops, self.layout.shards, strict=True):
-            theta, theta_d = shard.view(-1), self.state[shard]["theta_d"]
+        for shard, theta_d, segments in zip(self._ops, self.theta_d(), self.layout.shards, strict=True):
+            theta = shard.view(-1)
             for s in segments:
                 part = slice(s.shard_start, s.shard_start + s.length)
                 source = theta_pre[self.layout.names[s.tensor]].reshape(-1)[s.tensor_start :][: s.length]
                 keep = 1 - float(self._soft[s.tensor])
-                gap = theta[part] - source.to(theta) + keep * theta_d[part]
+                gap = theta[part] - source.to(theta) + keep * theta_d[part].to(theta)
                 worst = max(worst, float(gap.abs().max()))
         return worst
 
@@ -230,8 +288,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
         return found
 
     def shared_state(self) -> dict[str, Tensor]:
-        """What is equal on all ranks: the rule's state (logits) and the number of Adam's steps."""
-        steps = next(iter(self.state[shard].get("step", 0) for shard in self._ops))
+        """What is equal on all ranks: the rule's state (logits) and the number of user steps."""
+        steps = next(iter(self.state[shard]["step"] for shard in self._ops))
         return {**{f"mask.{key}": value for key, value in self._rule_state.items()}, "step": torch.tensor(steps)}
 
     @torch.no_grad()
@@ -243,9 +301,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         for index, shard in enumerate(self._ops):
             shard.view(-1).copy_(sharded["theta"][index])
             state: dict[str, Any] = {kind: values[index] for kind, values in sharded.items() if kind != "theta"}
-            if MOMENTS[0] in state:
-                state["step"] = int(shared["step"])
-            self.state[shard] = state
+            self.state[shard] = {**state, "theta_d": self._kept(state["theta_d"]), "step": int(shared["step"])}
         self._take_rule({key.removeprefix("mask."): value for key, value in shared.items() if key.startswith("mask.")})
 
     def _take_rule(self, state: RuleState) -> None:
@@ -265,6 +321,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore shards' states and the mask. `bind` must have been called; theta(m) itself is the caller's."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "mask"})
+        for shard in self._ops:
+            self.state[shard]["theta_d"] = self._kept(self.state[shard]["theta_d"])
         self._take_rule(state_dict["mask"])
 
 

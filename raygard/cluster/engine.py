@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raygard.bilevel.alternation import DenoiserLoss
 from raygard.bilevel.optimizer import MOMENTS, BilevelOptimizer
 from raygard.bilevel.segments import ShardLayout
+from raygard.bilevel.streamed import StreamedEngine
 from raygard.cluster.checkpoint import SavedState, save_state, write_manifest
 from raygard.config import BilevelConfig, EngineConfig, ValuesConfig
 from raygard.editing import IMMASettings
@@ -38,6 +39,9 @@ def deepspeed_config(
     if engine.zero_stage == 3:
         # One sub-group and no persistent small parameters: one flat shard that holds a part of every tensor.
         zero |= {"sub_group_size": int(1e12), "stage3_param_persistence_threshold": 0}
+    for part in ("optimizer", "param"):
+        if getattr(engine, f"offload_{part}_device") == "cpu":
+            zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": engine.use_gpu}
     return {
         "train_batch_size": micro * accumulation * engine.num_workers,
         "train_micro_batch_size_per_gpu": micro,
@@ -53,7 +57,12 @@ def deepspeed_config(
 
 
 def all_reduce_sum(values: Tensor) -> None:
-    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    # Offloaded shards make their sums in main memory, where NCCL does not reach.
+    away = dist.get_backend() == "nccl" and not values.is_cuda
+    reduced = values.cuda() if away else values
+    dist.all_reduce(reduced, op=dist.ReduceOp.SUM)
+    if away:
+        values.copy_(reduced)
 
 
 @dataclass
@@ -114,14 +123,31 @@ def build(
                 continue
             difference = theta_pre[name].float() - theta_ft[name].float()
             parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
+    if engine_config.stream_gradients:
+        module.to(torch.device("cuda", torch.cuda.current_device()) if engine_config.use_gpu else "cpu")
+        set_formats(module, engine_config)
+        shards, layout = list[Tensor](parameters.values()), ShardLayout.dense(named_sizes)
+        _bind(optimizer, shards, layout, theta_pre, theta_ft, saved)
+        return ShardedTraining(StreamedEngine(module, optimizer), optimizer, theta_pre)
     engine = initialize(module, optimizer, engine_config, deepspeed_config(engine_config, bilevel))
     shards, layout = _find_shards(engine, parameters, named_sizes, engine_config.zero_stage)
     _check_layout(shards, layout, parameters, engine_config.zero_stage)
+    _bind(optimizer, shards, layout, theta_pre, theta_ft, saved)
+    return ShardedTraining(engine, optimizer, theta_pre)
+
+
+def _bind(
+    optimizer: BilevelOptimizer,
+    shards: list[Tensor],
+    layout: ShardLayout,
+    theta_pre: Mapping[str, Tensor],
+    theta_ft: Mapping[str, Tensor],
+    saved: SavedState | None,
+) -> None:
     optimizer.bind(shards, layout, theta_pre, theta_ft)
     if saved is not None:
         kinds = [kind for kind in ("theta", "theta_d", *MOMENTS) if saved.has(kind)]
         optimizer.restore({kind: saved.fill(kind, layout, shards) for kind in kinds}, saved.shared)
-    return ShardedTraining(engine, optimizer, theta_pre)
 
 
 def initialize(
@@ -142,13 +168,20 @@ def initialize(
     # ZeRO-3 puts its own in the place of this for as long as the process lives; with it gradients round otherwise, and
     # what an engine of another stage computes would depend on whether one of ZeRO-3 came before.
     torch.nn.functional.linear = PLAIN_LINEAR
-    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
-        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
-        module.autocast = torch.bfloat16
+    set_formats(module, engine_config)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, lr_scheduler=lr_scheduler, dist_init_required=False
     )
     return engine
+
+
+def set_formats(module: DenoiserLoss, engine_config: EngineConfig) -> None:
+    """Give the module the memory format of pictures, and the dtype it must convert weights to by itself."""
+    if engine_config.channels_last:
+        module.memory_format = torch.channels_last
+    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
+        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
+        module.autocast = torch.bfloat16
 
 
 def _find_shards(

@@ -31,6 +31,7 @@ from raygard.cluster.worker import (
     Notice,
     begin,
     load_engine,
+    prepare,
     report_engine,
     save_tensors,
 )
@@ -110,9 +111,7 @@ def imma_worker(job: dict[str, Any]) -> None:
     out, settings = Path(job["out"]), IMMASettings(**job["settings"])
 
     denoiser = load_denoiser(config.model)
-    if config.engine.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    prepare(denoiser, config.engine)
     retain = load_cache(Path(job["general"])) if settings.retain_weight > 0 and job["general"] is not None else None
     material = EditMaterial.of(config, load_cache(Path(job["cache"])), retain)
     if material.encoder is not None:

@@ -26,6 +26,7 @@ from raygard.cluster.worker import (
     Notice,
     begin,
     load_engine,
+    prepare,
     report_engine,
     save_tensors,
 )
@@ -70,9 +71,7 @@ def values_worker(job: dict[str, Any]) -> None:
     out = Path(job["out"])
 
     denoiser = load_denoiser(config.model)
-    if config.engine.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    prepare(denoiser, config.engine)
     loss = load_loss(config.model)
     cached = load_cache(Path(job["cache"]))
     source = ValuesSource.of(cached, config.domain, config.values, loss.num_timesteps, int(job["mask_seed"]))

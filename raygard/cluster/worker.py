@@ -22,7 +22,7 @@ from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
 from raygard.cluster.checkpoint import SavedState, first_whole, read_manifest
 from raygard.cluster.engine import Checkpointed, ShardedTraining, build, cpu_environment
-from raygard.config import RunConfig
+from raygard.config import EngineConfig, RunConfig
 from raygard.diffusion.cache import LatentSet, load_cache
 from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
@@ -103,9 +103,7 @@ def set_up(
     from.
     """
     denoiser = load_denoiser(config.model)
-    if config.engine.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    prepare(denoiser, config.engine)
     theta_pre = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
     theta_ft = theta_pre if relearning else load_file(job["relearned"])
     sizes = torch.tensor([parameter.numel() for parameter in theta_pre.values()])
@@ -129,6 +127,15 @@ def set_up(
         return build(*arguments, saved), sizes, saved.k
 
 
+def prepare(denoiser: Any, engine: EngineConfig) -> None:
+    """Put a denoiser that DeepSpeed has not seen yet into training mode, as `engine` asks for it."""
+    if engine.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if engine.compile:
+        denoiser.compile_repeated_blocks()
+    denoiser.train()
+
+
 def make_optimizer(
     config: RunConfig, params: Iterable[Tensor], rule: Rule | None, reduce: Callable[[Tensor], None] | None = None
 ) -> BilevelOptimizer:
@@ -144,6 +151,8 @@ def make_optimizer(
         weight_decay=b.adam_weight_decay,
         max_grad_norm=b.max_grad_norm,
         reduce=reduce,
+        theta_d_dtype=getattr(torch, config.engine.theta_d_dtype),
+        theta_d_on_host=config.engine.theta_d_device == "cpu",
     )
 
 

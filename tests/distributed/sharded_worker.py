@@ -32,6 +32,13 @@ from raygard.domain import load_domain  # noqa: E402
 GLOBAL_BATCH, INNER, ROUNDS = 16, 2, 6
 # Plans whose batches are kept: what the engine's module was called with.
 WATCHED = ("sgd3", "accum2")
+# Named in a plan in place of a number of micro-batches.
+OPTIONS = {
+    "offload": {"offload_optimizer_device": "cpu"},
+    "offload-all": {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"},
+    "host": {"theta_d_device": "cpu"},
+    "channels-last": {"channels_last": True},
+}
 
 
 def make_root(root: Path, make_model: Callable[..., Path], make_pictures: Callable[..., Path]) -> Path:
@@ -106,12 +113,13 @@ def sharded(
     resume: Path | None = None,
     save: Path | None = None,
     accumulation: int = 1,
+    options: dict[str, object] | None = None,
 ) -> dict[str, object]:
     """One DeepSpeed run on this rank's shard."""
     world, rank = dist.get_world_size(), dist.get_rank()
     unet, module, pre, ft, sources, factory = setting(root, user_optimizer)
     seen = watch(module)
-    engine = EngineConfig(num_workers=world, zero_stage=stage, mixed_precision=precision)
+    engine = EngineConfig(num_workers=world, zero_stage=stage, mixed_precision=precision, **(options or {}))
     bilevel = BilevelConfig(train_batch_size=GLOBAL_BATCH, gradient_accumulation_steps=accumulation)
     with SavedState(resume) if resume is not None else nullcontext() as saved:
         training: ShardedTraining = build(unet, module, factory, pre, ft, engine, bilevel, saved)
@@ -210,6 +218,8 @@ def main() -> None:
             results[name]["half_state"] = taken["state"]
         elif rest and rest[0] == "torn":
             results[name] = torn(root, stage, precision, user_optimizer, world)
+        elif rest and rest[0] in OPTIONS:
+            results[name] = sharded(root, stage, precision, user_optimizer, options=OPTIONS[rest[0]])
         else:
             accumulation = int(rest[0]) if rest else 1
             results[name] = sharded(root, stage, precision, user_optimizer, accumulation=accumulation)

@@ -25,6 +25,17 @@ def test_two_workers_zero3_equal_one_worker_stage0(setting, undisturbed, tmp_pat
     assert len(logits.unique()) > len(logits) // 2
 
 
+def test_streamed_gradients_give_the_mask_of_plain_ones(setting, tmp_path) -> None:
+    from raygard.cluster.training import learn
+
+    options = ("engine.num_workers=1", "engine.zero_stage=0", "bilevel.max_grad_norm=0")
+    found = []
+    for more in ([], ["engine.stream_gradients=true", "engine.theta_d_device=cpu", "engine.checkpointing_steps=7"]):
+        config = setting.config(*options, *more)
+        found.append(learn(config, setting.cache, setting.relearned, 0, tmp_path / str(len(more)))[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
 def test_history_is_the_mean_over_workers(setting, undisturbed) -> None:
     rows = [json.loads(line) for line in undisturbed[1].splitlines()]
     assert len(rows) == 60

@@ -24,10 +24,11 @@ FP32 = [
 PARTS_OF_BATCH = ("latents", "text", "noise", "timesteps")
 TORN = "torn2:2:no:adamw:torn"
 PLANS = {
-    1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume"],
+    1: [*FP32[:1], *FP32[3:5], "resume2:2:no:adamw:resume", "resume0:0:no:adamw:resume", "host2:2:no:sgd:host"],
     2: [*FP32, "bf0:0:bf16:adamw", "bf2:2:bf16:adamw", "bf3:3:bf16:adamw", "accum2:2:no:sgd:2",
         "resume2:2:no:adamw:resume", "resume3:3:no:adamw:resume", TORN, "resume1:1:no:adamw:resume",
-        "carried2:2:no:adamw:carried:half-resume2-1"],
+        "carried2:2:no:adamw:carried:half-resume2-1", "offload1:1:no:adamw:offload", "offload2:2:no:sgd:offload",
+        "offload3:3:no:adamw:offload-all", "channels2:2:no:sgd:channels-last"],
     # The batch does not divide by three: shares of two, three and three pictures of each role.
     3: ["sgd0:0:no:sgd", "sgd2:2:no:sgd", "adam3:3:no:adamw"],
     4: ["sgd2:2:no:sgd", "sgd3:3:no:sgd", "carried3:3:no:adamw:carried:half-resume2-2",

@@ -23,9 +23,9 @@ from raygard.cluster.doctor.examine import examine, read_checks, report_json, re
 from raygard.cluster.doctor.facts import worker_memory
 from raygard.cluster.doctor.imma import Trained, count_trained, immunisations
 from raygard.cluster.doctor.main_memory import main_memory
-from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, describe_memory, estimate_memory
+from raygard.cluster.doctor.memory import GIB, REDUCE_BUCKET, Placement, describe_memory, estimate_memory
 from raygard.cluster.doctor.node import Listing
-from raygard.config import ModelConfig
+from raygard.config import EngineConfig, ModelConfig
 from raygard.config_file import load_config
 from raygard.diffusion.layers import LAYERS, attention_tensors
 from raygard.diffusion.model import load_denoiser
@@ -267,6 +267,28 @@ def test_half_precision_halves_weights_and_activations_only() -> None:
     for name in ("theta_d", "float32 shard", "Adam's moments"):
         assert full[name] == half[name]
     assert estimate(mixed_precision="bf16", zero_stage=0)["weights"] == 4 * 10**9
+
+
+def test_options_of_the_engine_take_their_part_away() -> None:
+    rounded = Placement.of(EngineConfig(theta_d_dtype="bfloat16", zero_stage=2, use_gpu=True))
+    assert estimate(placement=rounded)["theta_d"] * 2 == estimate()["theta_d"]
+    pinned = Placement.of(EngineConfig(theta_d_device="cpu", use_gpu=True))
+    assert estimate(placement=pinned)["theta_d"] == 0
+    offload = Placement.of(EngineConfig(offload_optimizer_device="cpu", use_gpu=True))
+    left = estimate(placement=offload, zero_stage=2)
+    assert left["weights"] == 4 * 10**9 and not {"float32 shard", "Adam's moments", "flat gradient"} & left.keys()
+    everything = EngineConfig(
+        offload_optimizer_device="cpu", offload_param_device="cpu", zero_stage=3, use_gpu=True, num_workers=4
+    )
+    assert estimate(placement=Placement.of(everything), zero_stage=3)["weights"] == 0
+    streaming = Placement.of(EngineConfig(stream_gradients=True, zero_stage=0, use_gpu=True))
+    plain, streamed = (estimate(zero_stage=0, num_workers=1, placement=each) for each in (Placement(), streaming))
+    assert sum(plain.values()) - sum(streamed.values()) > 3 * 10**9
+
+
+def test_without_a_gpu_nothing_is_elsewhere_than_in_main_memory() -> None:
+    away = EngineConfig(offload_optimizer_device="cpu", theta_d_dtype="bfloat16")
+    assert Placement.of(away) == Placement(theta_d_bytes=2)
 
 
 def test_relearning_has_moments_whatever_the_simulated_user_has() -> None:

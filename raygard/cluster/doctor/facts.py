@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raygard.cluster.doctor.checks import Facts, NodeFacts, fit_or_reason
-from raygard.cluster.doctor.memory import FP32, TrainStage, estimate_memory, most_trained
+from raygard.cluster.doctor.memory import FP32, Placement, TrainStage, estimate_memory, most_trained
 from raygard.cluster.doctor.node import Listing, list_data, look_around, remove_markers, unseen_markers, versions
 from raygard.config import BilevelConfig, RunConfig, ValuesConfig
 from raygard.editing.imma import IMMASettings
@@ -95,6 +95,7 @@ def worker_memory(config: RunConfig) -> dict[TrainStage, dict[str, int]]:
             saved_elements=shape.saved_elements,
             accumulates=settings.gradient_accumulation_steps > 1,
             host=not engine.use_gpu,
+            placement=Placement.of(engine),
         )
 
     found: dict[TrainStage, dict[str, int]] = {stage: estimate(stage, b, shape.num_params) for stage in LEARNING}

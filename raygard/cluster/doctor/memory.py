@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
+
+from raygard.config import EngineConfig
 
 GIB = 1024**3
 FP32, BF16 = 4, 2
@@ -23,6 +26,29 @@ PLAIN = ("values", "imma")
 ZeroStage = Literal[0, 1, 2, 3]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What does not lie on the worker's device as it would without options of `engine`.
+
+    theta_d_bytes: of one element there. no_optimizer, no_weights: they are in main memory, but for what is gathered.
+    streamed: gradients are used as they arrive.
+    """
+
+    theta_d_bytes: int = FP32
+    no_optimizer: bool = False
+    no_weights: bool = False
+    streamed: bool = False
+
+    @classmethod
+    def of(cls, engine: EngineConfig) -> Placement:
+        size = BF16 if engine.theta_d_dtype == "bfloat16" else FP32
+        if not engine.use_gpu:
+            return cls(size, streamed=engine.stream_gradients)
+        off = engine.offload_optimizer_device == "cpu"
+        away = off or engine.theta_d_device == "cpu"
+        return cls(0 if away else size, off, engine.offload_param_device == "cpu", engine.stream_gradients)
+
+
 def estimate_memory(
     num_params: int,
     *,
@@ -37,6 +63,7 @@ def estimate_memory(
     saved_elements: int,
     accumulates: bool,
     host: bool,
+    placement: Placement = Placement(),
 ) -> dict[str, int]:
     """Bytes of each thing that lies in one worker's memory at the peak of a training step.
 
@@ -54,11 +81,13 @@ def estimate_memory(
     workers = num_workers if sharded else 1
     shard = -(-num_trained // workers)
     standing = {"weights": (-(-num_params // workers) if zero_stage == 3 else num_params) * stored}
+    if placement.no_weights:
+        standing["weights"] = 0
     if stage not in PLAIN:
-        standing["theta_d"] = shard * FP32
-    if sharded:
+        standing["theta_d"] = shard * placement.theta_d_bytes
+    if sharded and not placement.no_optimizer:
         standing["float32 shard"] = shard * FP32
-    if adam:
+    if adam and not placement.no_optimizer:
         standing["Adam's moments"] = 2 * shard * FP32
     if host and stage not in PLAIN:
         standing["theta_pre"] = num_params * FP32
@@ -72,9 +101,15 @@ def estimate_memory(
     bucket = sent if host else REDUCE_BUCKET * stored
     gradients = (shard if zero_stage >= 2 else num_trained) * stored
     step = {"flat gradient": shard * FP32, "Adam's temporary": shard * FP32 if adam else 0}
+    if placement.no_optimizer:
+        # Gradients follow it as they are reduced.
+        gradients, step = 0, {}
     # A backward pass frees activations while it makes gradients: these are its beginning, its middle (half of the
     # activations belong to the half of the network that comes first), its end, and the optimizer's step.
-    if zero_stage == 0:
+    if placement.streamed and stage not in PLAIN:
+        # A gradient, what Adam's direction or theta_d's rounding needs beside it.
+        moments = [{"activations": activations, "gradients": largest * FP32, "temporaries": 2 * largest * FP32}]
+    elif zero_stage == 0:
         moments = [
             {"activations": activations, "gradients": gradients if accumulates else 0},
             {"activations": activations // 2, "gradients": gradients},
