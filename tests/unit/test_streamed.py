@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, Ste
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.ops import round_at_random
 from raygard.bilevel.rules import RuleSettings, make_rule
-from raygard.config import ModelConfig
+from raygard.cluster.worker import prepare
+from raygard.config import EngineConfig, ModelConfig
 from raygard.diffusion.model import load_denoiser, load_loss
 from tests.latents import latent_set
 
@@ -163,3 +166,15 @@ def test_small_steps_add_up_in_bfloat16() -> None:
     assert kept.double().mean() - start == pytest.approx(1e-4, rel=0.1)
     nearest = torch.full((4096,), 1e-2, dtype=torch.bfloat16).add_(1e-6)
     assert nearest.double().mean() == start, "rounding to the nearest loses them"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_follow_the_plain_run(tiny_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain, compiled = Run(tiny_model), Run(tiny_model)
+    prepare(compiled.engine.module.denoiser, EngineConfig(compile=True))
+    assert any(module._compiled_call_impl is not None for module in compiled.engine.module.modules())
+    plain.go(1)
+    compiled.go(1)
+    torch.testing.assert_close(compiled.theta(), plain.theta(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled.optimizer.logits, plain.optimizer.logits, rtol=0, atol=1e-4)
