@@ -1,10 +1,11 @@
-"""The exception type for mistakes a user can mend, and the exit codes of every command and job."""
+"""The exception type for mistakes a user can mend, the exit codes of every command and job, and common checks."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from importlib.util import find_spec
 
 from raygard.redaction import redact
 
@@ -39,6 +40,13 @@ class UnfitClusterError(RaygardError):
     """What `raygard doctor` finds wrong with a cluster, before a job is started on it."""
 
     exit_code = ExitCode.UNFIT_CLUSTER
+
+
+def require_packages(what: str, extra: str, *packages: str) -> None:
+    """Raise RaygardError naming the extra to install if one of the packages is missing; imports none of them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise RaygardError(f"{what} needs {', '.join(missing)}: pip install 'raygard[{extra}]'")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raygard.errors import RaygardError
+from raygard.errors import RaygardError, require_packages
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,9 +31,7 @@ def check_references(references: NDArray[np.float32]) -> None:
 
 def require(scorer: str, extra: str, *packages: str) -> None:
     """Raise RaygardError naming the extra to install if one of the packages is missing; imports none of them."""
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise RaygardError(f"scorer {scorer} needs {', '.join(missing)}: pip install 'raygard[{extra}]'")
+    require_packages(f"scorer {scorer}", extra, *packages)
 
 
 def package_folder(name: str) -> Path | None:

@@ -338,7 +338,7 @@ def test_kernel_distance_is_torchmetrics_and_unbiased() -> None:
 
 
 def test_missing_torchmetrics_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raygard.scoring.common.find_spec", lambda name: None)
+    monkeypatch.setattr("raygard.errors.find_spec", lambda name: None)
     for name, extra in (("FID", "metrics"), ("fd_enlite0", "metrics"), ("LPIPS", "metrics"), ("NudeNet", "nudity")):
         with pytest.raises(RaygardError, match=rf"scorer {name} needs .*pip install 'raygard\[{extra}\]'"):
             get_scorer(name)
