@@ -35,7 +35,9 @@ class AdaptConfig(Section):
     learning_rate: float = Field(1e-5, gt=0)
     train_batch_size: int = Field(4, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit", "sgd"] = Field(
+        "adamw", description="adamw-fused: one kernel a step; adamw-8bit: moments of 8 bits, by bitsandbytes"
+    )
     sgd_momentum: float | None = Field(None, ge=0, lt=1, description="optimizer sgd only; null: 0")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -48,6 +50,7 @@ class AdaptConfig(Section):
     lr_warmup_steps: int = Field(0, ge=0)
     snr_gamma: float | None = Field(None, gt=0)
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], UNQUOTED_NO] = "no"
+    gradient_checkpointing: bool = Field(False, description="of the denoiser: less memory for one more forward pass")
     ignore_mask: bool = Field(False, description="an attacker's: carried values are loaded, but nothing is frozen")
     learn_as: str | None = Field(
         None, min_length=1, description="word that replaces the class's name in its captions; null: none"
@@ -83,10 +86,13 @@ class AdaptConfig(Section):
                 raise ValueError(f"adapt.{key} has no effect without adapt.class_prompt; remove it or give both")
         if self.sgd_momentum is not None and self.optimizer != "sgd":
             raise ValueError(f"adapt.sgd_momentum has no effect with adapt.optimizer={self.optimizer}; remove it")
-        if self.optimizer != "adamw":
+        if self.optimizer == "sgd":
             for key, setting in type(self).model_fields.items():
                 if key.startswith("adam_") and getattr(self, key) != setting.default:
                     raise ValueError(f"adapt.{key} has no effect with adapt.optimizer={self.optimizer}; remove it")
+        # A token's embedding is smaller than any tensor that bitsandbytes keeps 8-bit moments of.
+        if self.optimizer == "adamw-8bit" and self.method == "textual-inversion":
+            raise ValueError("adapt.optimizer=adamw-8bit has no effect with adapt.method=textual-inversion; remove it")
         needed = ["rank", "target_modules"] if self.method == "lora" else []
         needed += ["num_class_images", "prior_loss_weight"] if self.class_prompt is not None else []
         for key in needed:

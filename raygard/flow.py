@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from raygard.adaptation import get_adaptation
+from raygard.adaptation import check_optimizer, get_adaptation
 from raygard.config import SCHEDULING, RunConfig, config_hash, flatten, public
 from raygard.defences import (
     CONTROLS,
@@ -74,6 +74,7 @@ class Flow:
         self.upstream = upstream
         if upstream is None:
             get_adaptation(config.adapt.method).check_family(config.model)
+            check_optimizer(config.adapt)
             check_evaluation(config.evaluation.scorer)
             get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)

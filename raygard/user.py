@@ -43,13 +43,14 @@ def adapt_model(
     Raises RaygardError for unreadable data, another model's mask, or an `out` that is not empty, SignatureError for a
     mask that the key's owner did not sign.
     """
-    from raygard.adaptation import Release, get_adaptation
+    from raygard.adaptation import Release, check_optimizer, get_adaptation
     from raygard.diffusion.cache import build_cache, load_cache
     from raygard.diffusion.model import load_denoiser, load_loss, model_folder, with_resolution
     from raygard.domain import load_domain
 
     _refuse_filled(out)
     method = get_adaptation(config.adapt.method)
+    check_optimizer(config.adapt)
     if config.adapt.ignore_mask and mask_path is None:
         raise RaygardError("adapt.ignore_mask has no effect without --mask; remove it")
     mask = load_mask(mask_path, require_signature)

@@ -11,7 +11,7 @@ from raygard.adaptation.lora import lora
 from raygard.adaptation.prompts import Release, learned, learned_captions
 from raygard.adaptation.task import Adaptation
 from raygard.adaptation.tokens import custom_diffusion, teach, textual_inversion
-from raygard.adaptation.training import AdaptResult
+from raygard.adaptation.training import AdaptResult, check_optimizer
 from raygard.errors import RaygardError, nearest
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Adaptation",
     "Release",
     "attention",
+    "check_optimizer",
     "custom_diffusion",
     "dreambooth",
     "full",

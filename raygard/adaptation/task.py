@@ -10,7 +10,7 @@ from torch import nn
 
 from raygard.adaptation.prior import class_pictures
 from raygard.adaptation.prompts import Release, learned, require
-from raygard.adaptation.training import AdaptResult, Run, train
+from raygard.adaptation.training import AdaptResult, Run, check_optimizer, train
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.loss import TrainingLoss
@@ -84,10 +84,11 @@ class Adaptation:
         have no gradient and no optimizer state, unless `config.ignore_mask` says that the user is an attacker.
         release: the rest of the model, where the method or the captions need it. run: see `Run`.
         Raises RaygardError for another model's mask, for a `release` that is missing or of a family the method does not
-        work on, and as `train` does.
+        work on, for an optimizer whose package is missing, and as `train` does.
         """
         if release is not None:
             self.check_family(release.model)
+        check_optimizer(config)
         # An adaptation that broke off while it accumulated has left gradients.
         denoiser.zero_grad()
         if mask is not None:

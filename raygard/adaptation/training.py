@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from raygard.config import AdaptConfig
 from raygard.diffusion.conditioning import Conditioning, joined
 from raygard.diffusion.loss import TrainingLoss, draw
-from raygard.errors import RaygardError, nearest
+from raygard.errors import RaygardError, nearest, require_packages
 from raygard.seeding import generator
 
 if TYPE_CHECKING:
@@ -139,32 +140,33 @@ def train(
     if prior is not None:
         kept = _samples(prior, loss, "prior", config.train_batch_size, world, rank, seed, first=seen)
         samples = (tuple(map(joined, zip(*both, strict=True))) for both in zip(samples, kept, strict=False))
-    for step in range(len(losses) + 1, last + 1):
-        total = 0.0
-        for _ in range(config.gradient_accumulation_steps):
-            batch = [part.to(accelerator.device) for part in next(samples)]
-            with accelerator.accumulate(model):
-                errors = model(*batch)
-                error = errors.mean()
-                if prior is not None:
-                    own, other = errors.chunk(2)
-                    error = own.mean() + config.prior_loss_weight * other.mean()
-                value = float(accelerator.reduce(error.detach(), reduction="mean"))
-                if not math.isfinite(value):
-                    raise RaygardError(
-                        f"the loss is {value} at step {step} of fine-tuning; lower adapt.learning_rate "
-                        f"(now {config.learning_rate:g})"
-                    )
-                accelerator.backward(error)
-                if accelerator.sync_gradients and config.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            total += value
-        losses.append(total / config.gradient_accumulation_steps)
-        if on_step is not None:
-            on_step(step, losses[-1])
+    with _checkpointing(denoiser, config.gradient_checkpointing):
+        for step in range(len(losses) + 1, last + 1):
+            total = 0.0
+            for _ in range(config.gradient_accumulation_steps):
+                batch = [part.to(accelerator.device) for part in next(samples)]
+                with accelerator.accumulate(model):
+                    errors = model(*batch)
+                    error = errors.mean()
+                    if prior is not None:
+                        own, other = errors.chunk(2)
+                        error = own.mean() + config.prior_loss_weight * other.mean()
+                    value = float(accelerator.reduce(error.detach(), reduction="mean"))
+                    if not math.isfinite(value):
+                        raise RaygardError(
+                            f"the loss is {value} at step {step} of fine-tuning; lower adapt.learning_rate "
+                            f"(now {config.learning_rate:g})"
+                        )
+                    accelerator.backward(error)
+                    if accelerator.sync_gradients and config.max_grad_norm > 0:
+                        accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                total += value
+            losses.append(total / config.gradient_accumulation_steps)
+            if on_step is not None:
+                on_step(step, losses[-1])
     paused = None
     if last < config.max_train_steps:
         paused = {
@@ -183,6 +185,23 @@ def train(
         optimizer_bytes=_state_bytes(optimizer.state.values()),
         paused=paused,
     )
+
+
+@contextmanager
+def _checkpointing(denoiser: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing while the denoiser trains; afterwards it is as before.
+
+    diffusers takes torch's variant that is not reentrant: the other one gives a block whose input requires no gradient,
+    as behind frozen tensors, none for its weights either.
+    """
+    switched = wanted and not denoiser.is_gradient_checkpointing
+    if switched:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if switched:
+            denoiser.disable_gradient_checkpointing()
 
 
 def _samples(
@@ -221,16 +240,28 @@ def _batches(
         number += 1
 
 
+def check_optimizer(config: AdaptConfig) -> None:
+    """Raise RaygardError if the package of `config.optimizer` is missing, with what to install."""
+    if config.optimizer == "adamw-8bit":
+        require_packages("adapt.optimizer=adamw-8bit", "8bit", "bitsandbytes")
+
+
 def _optimizer(config: AdaptConfig, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.sgd_momentum or 0.0)
-    return torch.optim.AdamW(
-        trainable,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
+    adam: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+    if config.optimizer == "adamw-8bit":
+        check_optimizer(config)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trainable, **adam)
+    # None leaves torch its choice among the others.
+    return torch.optim.AdamW(trainable, **adam, fused=True if config.optimizer == "adamw-fused" else None)
 
 
 def _lr_scheduler(config: AdaptConfig, optimizer: torch.optim.Optimizer, num_processes: int) -> Any:
@@ -249,5 +280,6 @@ def _lr_scheduler(config: AdaptConfig, optimizer: torch.optim.Optimizer, num_pro
 
 
 def _state_bytes(states: Iterable[dict[str, Any]]) -> int:
-    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    # By address: all states of the 8-bit optimizer share two tables.
+    tensors = {value.data_ptr(): value for state in states for value in state.values() if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

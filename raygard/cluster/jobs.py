@@ -89,7 +89,10 @@ def job_content(
     }
     if job.defence != BASE:
         content |= {
-            "adapt": config.adapt.model_dump(mode="json"),
+            # Off, it is not said: what was adapted before there was a choice keeps its place in the store.
+            "adapt": config.adapt.model_dump(
+                mode="json", exclude=set() if config.adapt.gradient_checkpointing else {"gradient_checkpointing"}
+            ),
             "adapt_seed": job.seed,
             "pictures": _rows_key(inputs.cache, job.cls, inputs.adapt_part, config),
             "mask": [mask.sha256, *mask.frozen_names] if mask else None,

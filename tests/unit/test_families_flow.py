@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raygard.adaptation import ADAPTATIONS, full
+from raygard.adaptation import ADAPTATIONS, full, get_adaptation
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, alternate
 from raygard.bilevel.rules import make_rule
 from raygard.bilevel.segments import ShardLayout
@@ -269,6 +269,20 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, config: RunCon
     for name, gradient in found[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_users_who_checkpoint_gradients_get_the_same_weights(config: RunConfig, learn_rows: LatentSet) -> None:
+    names = [name for name, _ in load_denoiser(config.model).named_parameters()]
+    front = FreezeMask.create(load_denoiser(config.model), names[: len(names) // 3])
+    for method in ("full", "lora"):
+        found = []
+        for checkpointing in (False, True):
+            overrides = (f"adapt.method={method}", f"adapt.gradient_checkpointing={checkpointing}")
+            settings = load_config(None, ["adapt.max_train_steps=2", *overrides]).adapt
+            denoiser, loss = load_denoiser(config.model), load_loss(config.model)
+            get_adaptation(method)(denoiser, learn_rows, settings, loss, mask=front, seed=0)
+            found.append(denoiser.state_dict())
+        assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_a_pipeline_loaded_whole_holds_the_given_denoiser(config: RunConfig) -> None:
