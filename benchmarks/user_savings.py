@@ -1,6 +1,7 @@
 """What a user saves who keeps to a mask: memory and time of fine-tuning at several freeze ratios (docs/performance.md).
 
     python benchmarks/user_savings.py [--rounds 3] [--out benchmarks/results/user_savings.json] [--plot FILE]
+    python benchmarks/user_savings.py --options [--rounds 1]    # options of `adapt` instead; --out keeps the rest
 
 The loop is raygard's own (`raygard.adaptation.training.train`, AdamW, float32). A share p is frozen in three ways:
 random tensors, p of their number (`count`); random tensors, p of the parameters (`params`); the largest tensors, p of
@@ -10,6 +11,8 @@ with other random tensors: what a ratio compares was measured in the same run.
 On a CPU the model is a UNet of Stable Diffusion's layout with 79 million parameters, memory is resident memory less
 what libraries take, and time is the process's CPU time, which does not count other work of the machine. With a GPU it
 is SD 2.1's UNet on latents of 512 pixels in bf16 autocast, memory is what torch allocated, and time is wall time.
+
+Options are gradient checkpointing and the fused and the 8-bit AdamW, each without a mask and at p = 0.3 (`count`).
 
 Counted beside it for SD 2.1's UNet, without running it: gradients, Adam's moments, what autograd keeps, and
 floating-point operations of forward and backward.
@@ -52,14 +55,31 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "user_savings.json"
 RATIOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.85)
 WAYS = ("count", "params", "largest")
+# Settings of `adapt`, by the name in the table. The 8-bit AdamW is one kernel a tensor already.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "fused": {"optimizer": "adamw-fused"},
+    "8-bit": {"optimizer": "adamw-8bit"},
+    "checkpointing, fused": {"gradient_checkpointing": True, "optimizer": "adamw-fused"},
+    "checkpointing, 8-bit": {"gradient_checkpointing": True, "optimizer": "adamw-8bit"},
+}
+OPTION_RATIOS = (0.0, 0.3)
 STEPS, BATCH = 6, 4
 SD21_SIDE = 64  # latents of 512 pixels
 GIB = 2**30
+# What tells the rows of a round apart.
+CASE = ("way", "p", "option")
 
 
-def cases() -> list[tuple[str, float]]:
-    """(way, p), p = 0 once."""
-    return [("count", 0.0)] + [(way, p) for way in WAYS for p in RATIOS if p > 0]
+def cases() -> list[dict[str, Any]]:
+    """Ways to freeze and their p, p = 0 once."""
+    pairs = [("count", 0.0)] + [(way, p) for way in WAYS for p in RATIOS if p > 0]
+    return [{"way": way, "p": p} for way, p in pairs]
+
+
+def option_cases() -> list[dict[str, Any]]:
+    return [{"way": "count", "p": p, "option": option} for p in OPTION_RATIOS for option in OPTIONS]
 
 
 def choose(counts: Sequence[int], way: str, p: float, seed: int) -> list[bool]:
@@ -83,9 +103,19 @@ def share(counts: Sequence[int], frozen: Sequence[bool]) -> float:
     return sum(count for count, held in zip(counts, frozen, strict=True) if held) / sum(counts)
 
 
-def fine_tune(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[str, float]:
+def moment_bytes(counts: Sequence[int], optimizer: str) -> int:
+    """Of Adam for trained tensors of these sizes.
+
+    bitsandbytes keeps 8 bits in blocks of 256 with a float32 scale each, and tensors below 4096 elements in float32.
+    """
+    if optimizer != "adamw-8bit":
+        return 8 * sum(counts)
+    return sum(2 * count + 8 * -(-count // 256) if count >= 4096 else 8 * count for count in counts)
+
+
+def fine_tune(model: Path, tiny: Path, seed: int, way: str, p: float, option: str = "none") -> dict[str, float]:
     """Peak memory and seconds of a step of one user; in a process of its own."""
-    train(tiny, "count", 0.0, seed)
+    train(tiny, seed, "count", 0.0, option)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -94,12 +124,12 @@ def fine_tune(model: Path, tiny: Path, way: str, p: float, seed: int) -> dict[st
     else:
         libraries = resident("VmRSS")
         reset_peak()
-    found = train(model, way, p, seed)
+    found = train(model, seed, way, p, option)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
     return {**found, "peak_bytes": peak - libraries}
 
 
-def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
+def train(model: Path, seed: int, way: str, p: float, option: str) -> dict[str, float]:
     """A few steps of raygard's own user."""
     from raygard.adaptation.training import train as train_user
     from raygard.config import AdaptConfig, ModelConfig
@@ -111,7 +141,7 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
     frozen = choose(counts, way, p, seed)
     freeze(unet, frozen)
     precision: Any = "bf16" if torch.cuda.is_available() else "no"
-    config = AdaptConfig(max_train_steps=STEPS, train_batch_size=BATCH, mixed_precision=precision)
+    config = AdaptConfig(max_train_steps=STEPS, train_batch_size=BATCH, mixed_precision=precision, **OPTIONS[option])
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     ticks: list[float] = []
     loss = load_loss(source)
@@ -128,24 +158,27 @@ def train(model: Path, way: str, p: float, seed: int) -> dict[str, float]:
     }
 
 
-def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
+def count_sd21(way: str, p: float, option: str = "none") -> dict[str, float]:
     """Bytes and operations of one float32 step of SD 2.1's UNet at 512 px, batch 1, by arithmetic."""
+    settings = {"gradient_checkpointing": False, "optimizer": "adamw", **OPTIONS[option]}
     family, config = family_of_shape("SD2.1-shape"), KNOWN["SD2.1-shape"]
     denoiser = meta_denoiser(family, config)
     counts = [parameter.numel() for parameter in denoiser.parameters()]
-    frozen = choose(counts, way, p, seed)
+    frozen = choose(counts, way, p, seed=0)
     freeze(denoiser, frozen)
+    if settings["gradient_checkpointing"]:
+        denoiser.enable_gradient_checkpointing()
     flops = count_flops(lambda: run_denoiser(family, denoiser, SD21_SIDE).sum().backward())
     kept = measure(
-        lambda: freeze(make_denoiser(family, config), frozen),
+        lambda: freeze(make_denoiser(family, config, settings["gradient_checkpointing"]), frozen),
         lambda module: run_denoiser(family, module, SD21_SIDE),
     )
-    trained = sum(count for count, held in zip(counts, frozen, strict=True) if not held)
+    trained = [count for count, held in zip(counts, frozen, strict=True) if not held]
     return {
         "param_share": share(counts, frozen),
         "weights": 4 * sum(counts),
-        "gradients": 4 * trained,
-        "moments": 8 * trained,
+        "gradients": 4 * sum(trained),
+        "moments": moment_bytes(trained, settings["optimizer"]),
         "activations": 4 * kept.saved_elements,
         "flops": flops,
     }
@@ -153,12 +186,16 @@ def count_sd21(way: str, p: float, seed: int) -> dict[str, float]:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over rounds for each case, with ratios to p = 0 of the same round, and the range of these ratios."""
-    whole = {row["seed"]: row for row in rows if row["p"] == 0}
+    whole = {row["seed"]: row for row in rows if row["p"] == 0 and row.get("option", "none") == "none"}
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(str([row[key] for key in CASE if key in row]), []).append(row)
     table = []
-    for way, p in cases():
-        own = [row for row in rows if (row["way"], row["p"]) == (way, p)]
-        line: dict[str, Any] = {"way": way, "p": p, "rounds": len(own)}
-        line["param_share"] = statistics.mean(row["param_share"] for row in own)
+    for own in cases.values():
+        line: dict[str, Any] = {key: own[0][key] for key in CASE if key in own[0]}
+        line["rounds"] = len(own)
+        for key in ("param_share", "optimizer_bytes"):
+            line[key] = statistics.mean(row[key] for row in own)
         for key in ("peak_bytes", "step_s"):
             ratios = [row[key] / whole[row["seed"]][key] for row in own]
             line[key] = statistics.mean(row[key] for row in own)
@@ -176,38 +213,41 @@ def standing(sd21: dict[str, float], batch: int) -> float:
 
 
 def markdown(table: Sequence[dict[str, Any]], counted: Sequence[dict[str, Any]], device: str) -> str:
-    """The tables of docs/performance.md."""
+    """The tables of docs/performance.md: what was measured, and what was counted. They begin with p = 0."""
     unit = "CPU time" if device == "cpu" else "time"
     many = table[0]["rounds"] > 1
     said = "saved [range]" if many else "saved"
-    lines = [
-        f"| frozen | p | of the parameters | peak memory | {said} | {unit} of a step | {said} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    names = ["options", "p", "optimizer state"] if "option" in table[0] else ["frozen", "p", "of the parameters"]
+    lines = _head(*names, "peak memory", said, f"{unit} of a step", said)
     for row in table:
         saved = []
         for key in ("peak_bytes", "step_s"):
             low, high = (1 - row[f"{key}_range"][end] for end in (1, 0))
             saved.append(f"{1 - row[f'{key}_ratio']:.0%}" + (f" [{low:.0%}, {high:.0%}]" if many else ""))
+        third = f"{row['optimizer_bytes'] / GIB:.2f} GiB" if "option" in row else f"{row['param_share']:.0%}"
         lines.append(
-            f"| {row['way'] if row['p'] else 'nothing'} | {row['p']:g} | {row['param_share']:.0%} | "
+            f"| {_case(row)} | {row['p']:g} | {third} | "
             f"{row['peak_bytes'] / GIB:.2f} GiB | {saved[0]} | {row['step_s']:.2f} s | {saved[1]} |"
         )
-    lines += [
-        "",
-        "| frozen | p | of the parameters | gradients | Adam's moments | kept by autograd | saved, batch 1 | batch 4 | "
-        "operations saved |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    sizes = ["gradients", "Adam's moments", "kept by autograd", "saved, batch 1", "batch 4", "operations saved"]
+    lines += ["", *_head(names[0], "p", "of the parameters", *sizes)]
     whole = counted[0]
     for own in counted:
         saved = [f"{1 - standing(own, batch) / standing(whole, batch):.0%}" for batch in (1, 4)]
-        sizes = " | ".join(f"{own[key] / GIB:.1f} GiB" for key in ("gradients", "moments", "activations"))
+        bytes_ = " | ".join(f"{own[key] / GIB:.1f} GiB" for key in ("gradients", "moments", "activations"))
         lines.append(
-            f"| {own['way'] if own['p'] else 'nothing'} | {own['p']:g} | {own['param_share']:.0%} | {sizes} | "
+            f"| {_case(own)} | {own['p']:g} | {own['param_share']:.0%} | {bytes_} | "
             f"{saved[0]} | {saved[1]} | {1 - own['flops'] / whole['flops']:.0%} |"
         )
     return "\n".join(lines)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return str(row.get("option", row["way"] if row["p"] else "nothing"))
+
+
+def _head(first: str, *others: str) -> list[str]:
+    return [f"| {' | '.join((first, *others))} |", "|---|" + "---:|" * len(others)]
 
 
 def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
@@ -234,35 +274,41 @@ def plot(table: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--options", action="store_true", help="measure options of `adapt` instead of ways to freeze")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--tables", action="store_true", help="print the tables of --out; measure nothing")
     args = parser.parse_args()
-    if args.tables:
-        document = json.loads(args.out.read_text(encoding="utf-8"))
-    else:
-        document = {**workers.machine(), "device": "cuda" if torch.cuda.is_available() else "cpu", "rows": []}
-        with tempfile.TemporaryDirectory(prefix="raygard-") as root:
-            own = {**KNOWN["SD2.1-shape"], "sample_size": SD21_SIDE} if torch.cuda.is_available() else UNET
-            model, tiny = (workers.make_model(Path(root, name), **unet) for name, unet in (("m", own), ("t", TINY)))
-            for seed in range(args.rounds):
-                for way, p in cases():
-                    found = {
-                        "way": way,
-                        "p": p,
-                        "seed": seed,
-                        **workers.run_alone(fine_tune, model, tiny, way, p, seed),
-                    }
-                    document["rows"].append(found)
-                    print(json.dumps(found), flush=True)
-        document["sd21"] = [{"way": way, "p": p, **count_sd21(way, p, seed=0)} for way, p in cases()]
+    document = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() or args.tables else {}
+    if not args.tables:
+        found = run(option_cases() if args.options else cases(), args.rounds)
+        # What was measured before of the other kind stays, with the machine it was measured on.
+        others = {"options": document["options"]} if "options" in document else {}
+        document = {**document, "options": found} if args.options else {**found, **others}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    table = summarize(document["rows"])
-    print(markdown(table, document["sd21"], document["device"]))
+    for part in (document, document.get("options")):
+        if part and "rows" in part:
+            print(markdown(summarize(part["rows"]), part["sd21"], part["device"]), end="\n\n")
     if args.plot:
-        plot(table, args.plot)
+        plot(summarize(document["rows"]), args.plot)
+
+
+def run(own: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """Rows of all cases in every round, the same of SD 2.1's UNet by arithmetic, and the machine."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="raygard-") as root:
+        unet = {**KNOWN["SD2.1-shape"], "sample_size": SD21_SIDE} if torch.cuda.is_available() else UNET
+        model, tiny = (workers.make_model(Path(root, name), **shape) for name, shape in (("m", unet), ("t", TINY)))
+        for seed in range(rounds):
+            for case in own:
+                measured = workers.run_alone(fine_tune, model, tiny, seed, *case.values())
+                rows.append({**case, "seed": seed, **measured})
+                print(json.dumps(rows[-1]), flush=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counted = [{**case, **count_sd21(**case)} for case in own]
+    return {**workers.machine(), "device": device, "rows": rows, "sd21": counted}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import workers
+from benchmarks.memory import TINY
+from benchmarks.user_savings import choose, moment_bytes, train
 from raygard.adaptation import ADAPTATIONS, AdaptResult, Release, get_adaptation
 from raygard.config import AdaptConfig, ModelConfig
 from raygard.config_file import load_config
@@ -22,12 +25,18 @@ from tests.latents import equal, latent_set
 STEPS = {"max_train_steps": 4, "learning_rate": 1e-3, "train_batch_size": 2, "gradient_accumulation_steps": 1}
 PARTS = {"class_prompt": "q", "num_class_images": 2}
 METHODS = [(name, {}) for name in sorted(ADAPTATIONS)]
-# bitsandbytes' own: smaller tensors keep moments in float32, larger ones in blocks with a scale each.
-SMALLEST_8BIT, BLOCK, TABLE = 4096, 256, 256
+# bitsandbytes keeps moments of smaller tensors in float32.
+SMALLEST_8BIT = 4096
 
 
 def adapted(
-    model: ModelConfig, method: str, mask: FreezeMask | None = None, unet: Any = None, watch: Any = None, **options: Any
+    model: ModelConfig,
+    method: str,
+    mask: FreezeMask | None = None,
+    unet: Any = None,
+    watch: Any = None,
+    data: Any = None,
+    **options: Any,
 ) -> tuple[Any, AdaptResult]:
     """A user of the tiny model. options: settings of `adapt`, and `pause_at` and `resume`."""
     run = {key: options.pop(key) for key in ("pause_at", "resume") if key in options}
@@ -35,7 +44,7 @@ def adapted(
     config, loss = AdaptConfig(method=method, **{**STEPS, **options}), DiffusionLoss(load_noise_scheduler(model))
     on_step = None if watch is None else lambda *_: watch(unet)
     result = get_adaptation(method)(
-        unet, latent_set(), config, loss, mask=mask, seed=0, release=Release(model), on_step=on_step, **run
+        unet, data or latent_set(), config, loss, mask=mask, seed=0, release=Release(model), on_step=on_step, **run
     )
     return unet, result
 
@@ -44,11 +53,23 @@ def states(unet: Any, result: AdaptResult) -> dict[str, torch.Tensor]:
     return {**unet.state_dict(), **result.adapter, **result.embeddings}
 
 
-def wide(model: ModelConfig) -> list[str]:
-    """Tensors that are large enough for moments of 8 bits."""
-    found = [name for name, p in load_denoiser(model).named_parameters() if p.numel() >= SMALLEST_8BIT]
-    assert found
-    return found
+def source(folder: Path) -> ModelConfig:
+    return ModelConfig(pretrained_model_name_or_path=str(folder))
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All in nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UNet of which most tensors are large enough for moments of 8 bits."""
+    return workers.make_model(tmp_path_factory.mktemp("wider"), **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -116,18 +137,33 @@ def test_the_optimizers_take_adamws_steps(tiny_model: ModelConfig, optimizer: st
     assert (steps[0] - steps[1]).norm() < tolerance * steps[1].norm()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_moments_of_eight_bits_are_counted_as_they_are(tiny_model: ModelConfig, masked: bool) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_moments_of_eight_bits_are_counted_as_they_are(wider: Path, p: float) -> None:
     pytest.importorskip("bitsandbytes")
-    unet = load_denoiser(tiny_model)
-    mask = FreezeMask.create(unet, wide(tiny_model)[:1]) if masked else None
-    unet, result = adapted(tiny_model, "full", mask, unet, optimizer="adamw-8bit")
-    sizes = [p.numel() for p in unet.parameters() if p.requires_grad]
-    large = [size for size in sizes if size >= SMALLEST_8BIT]
-    moments = sum(2 * size + 2 * 4 * -(-size // BLOCK) for size in large) + 8 * (sum(sizes) - sum(large))
-    # Two tables of numbers that eight bits stand for, which all tensors share.
-    assert result.optimizer_bytes == moments + (2 * 4 * TABLE if large else 0)
-    assert result.trainable_params == sum(sizes)
+    sizes = [parameter.numel() for parameter in load_denoiser(source(wider)).parameters()]
+    trained = [size for size, held in zip(sizes, choose(sizes, "count", p, 0), strict=True) if not held]
+    assert sum(size >= SMALLEST_8BIT for size in trained) > 10
+    found = train(wider, 0, "count", p, "8-bit")
+    # Two tables of the 256 numbers that eight bits stand for, which all tensors share.
+    assert found["optimizer_bytes"] == moment_bytes(trained, "adamw-8bit") + 2 * 4 * 256
+    assert found["trainable_params"] == sum(trained)
+    plain = train(wider, 0, "count", p, "none")["optimizer_bytes"]
+    assert plain == moment_bytes(trained, "adamw") + 4 * len(trained)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_eight_bits_are_taken_up_again_where_they_were(wider: Path, tmp_path: Path, method: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    data, model = workers.random_latents(wider), source(wider)
+    options = {"optimizer": "adamw-8bit", "lr_scheduler": "cosine"} | ({"rank": 256} if method == "lora" else {})
+    straight, whole = adapted(model, method, data=data, **options)
+    _, first = adapted(model, method, data=data, pause_at=2, **options)
+    assert first.paused is not None
+    assert any(t.dtype == torch.uint8 for t in tensors(first.paused["optimizer"]))
+    Store(tmp_path).write_paused("key", first.paused)
+    unet, second = adapted(model, method, data=data, resume=Store(tmp_path).paused("key"), **options)
+    assert second.losses == whole.losses and second.optimizer_bytes == whole.optimizer_bytes
+    assert equal(states(unet, second), states(straight, whole))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused", "adamw-8bit"])
