@@ -223,7 +223,7 @@ def markdown(table: Sequence[dict[str, Any]], counted: Sequence[dict[str, Any]],
         saved = []
         for key in ("peak_bytes", "step_s"):
             low, high = (1 - row[f"{key}_range"][end] for end in (1, 0))
-            saved.append(f"{1 - row[f'{key}_ratio']:.0%}" + (f" [{low:.0%}, {high:.0%}]" if many else ""))
+            saved.append(_percent(1 - row[f"{key}_ratio"]) + (f" [{_percent(low)}, {_percent(high)}]" if many else ""))
         third = f"{row['optimizer_bytes'] / GIB:.2f} GiB" if "option" in row else f"{row['param_share']:.0%}"
         lines.append(
             f"| {_case(row)} | {row['p']:g} | {third} | "
@@ -233,13 +233,18 @@ def markdown(table: Sequence[dict[str, Any]], counted: Sequence[dict[str, Any]],
     lines += ["", *_head(names[0], "p", "of the parameters", *sizes)]
     whole = counted[0]
     for own in counted:
-        saved = [f"{1 - standing(own, batch) / standing(whole, batch):.0%}" for batch in (1, 4)]
+        saved = [_percent(1 - standing(own, batch) / standing(whole, batch)) for batch in (1, 4)]
         bytes_ = " | ".join(f"{own[key] / GIB:.1f} GiB" for key in ("gradients", "moments", "activations"))
         lines.append(
             f"| {_case(own)} | {own['p']:g} | {own['param_share']:.0%} | {bytes_} | "
-            f"{saved[0]} | {saved[1]} | {1 - own['flops'] / whole['flops']:.0%} |"
+            f"{saved[0]} | {saved[1]} | {_percent(1 - own['flops'] / whole['flops'])} |"
         )
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    # Not ":.0%", which writes what is just below zero as -0%.
+    return f"{round(100 * share)}%"
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -307,7 +312,8 @@ def run(own: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
                 rows.append({**case, "seed": seed, **measured})
                 print(json.dumps(rows[-1]), flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    counted = [{**case, **count_sd21(**case)} for case in own]
+    # One kernel or several take the same memory and operations.
+    counted = [{**case, **count_sd21(**case)} for case in own if "fused" not in case.get("option", "")]
     return {**workers.machine(), "device": device, "rows": rows, "sd21": counted}
 
 

@@ -472,6 +472,8 @@ def _quieten() -> None:
     handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("raygard").setLevel(logging.INFO)
+    # diffusers imports it where it is installed, and on some CPUs it misses a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
