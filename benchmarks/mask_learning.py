@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,57 +35,32 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import workers
-from benchmarks.memory import UNET
+from benchmarks.learning_models import (
+    DEVICE,
+    ON_GPU,
+    SD21,
+    SIZES,
+    Material,
+    make_batches,
+    make_material,
+    make_schedule,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+    relearned,
+)
 from benchmarks.published_arrangement import PublishedArrangement
 from benchmarks.resident import reset_peak, resident
 from raygard.bilevel import BilevelOptimizer, ShardLayout, StreamedEngine
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, alternate
-from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.rules import Rule, RuleSettings, make_rule
-from raygard.config import BilevelConfig, EngineConfig, ModelConfig
-from raygard.diffusion.cache import LatentSet, encode_pixels
-from raygard.diffusion.conditioning import Conditioning, ConditioningRows
-from raygard.diffusion.loss import TrainingLoss
-from raygard.diffusion.model import load_loss
-from raygard.diffusion.shape import KNOWN, family_of_shape, make_denoiser
+from raygard.config import BilevelConfig, EngineConfig
+from raygard.diffusion.shape import measure_denoiser
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mask_learning.json"
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 PAPER_L = 10
 TEMPERATURE, RATIO, LR = 0.2, 0.3, 1e-5
 INNER, ROUNDS = 2, 3  # the first round warms up
-ROWS = 8
-TEXT_TOKENS = 77
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is run. text: of CLIP's text model; its vocabulary is CLIP's."""
-
-    unet: dict[str, Any]
-    vae_channels: tuple[int, ...]
-    text: dict[str, int]
-    batch: int
-
-    @property
-    def pixels(self) -> int:
-        return int(self.unet["sample_size"]) * 8
-
-
-TWIN = Sizes(
-    {**UNET, "in_channels": 4},
-    (32, 64, 160, 160),
-    {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6},
-    4,
-)
-SD21 = Sizes(
-    {**KNOWN["SD2.1-shape"], "sample_size": 64},
-    (128, 256, 512, 512),
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
-    16,
-)
-SIZES = SD21 if ON_GPU else TWIN
 
 
 @dataclass(frozen=True)
@@ -127,69 +102,6 @@ CASES = {
     "zero3-offload": Case("DeepSpeed ZeRO 3, all offloaded", "zero3", options=OFFLOAD, gpu_only=True),
     "alone": Case("forward and backward alone, cached", "alone"),
 }
-
-
-@dataclass(frozen=True)
-class Material:
-    """Pictures (n, H, W, 3) and tokens (n, L), what the encoders make of them, and the model's own noise schedule."""
-
-    pixels: Tensor
-    tokens: Tensor
-    cached: LatentSet
-    loss: TrainingLoss
-
-
-def make_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    channels = SIZES.vae_channels
-    blocks = len(channels)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=channels,
-        latent_channels=4,
-        layers_per_block=2,
-        sample_size=SIZES.pixels,
-    ).requires_grad_(False)
-
-
-def make_text_encoder() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(CLIPTextConfig(**SIZES.text, max_position_embeddings=TEXT_TOKENS)).requires_grad_(False)
-
-
-@torch.no_grad()
-def make_material(folder: Path) -> Material:
-    """Random pictures and captions, encoded once in float32; what the caches of a run hold."""
-    rng = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (ROWS, SIZES.pixels, SIZES.pixels, 3), generator=rng, dtype=torch.uint8)
-    tokens = torch.randint(49_000, (ROWS, TEXT_TOKENS), generator=rng)
-    torch.manual_seed(2)
-    mean, std = encode_pixels(make_vae().to(DEVICE), pixels, DEVICE)
-    text = make_text_encoder().to(DEVICE)(tokens.to(DEVICE))[0].cpu()
-    conditioning = ConditioningRows(Conditioning(text=text), torch.arange(ROWS))
-    classes = ["a"] * (ROWS // 2) + ["b"] * (ROWS // 2)
-    cached = LatentSet(mean, std, conditioning, classes, list(classes), [])
-    return Material(pixels, tokens, cached, load_loss(ModelConfig(pretrained_model_name_or_path=str(folder))))
-
-
-def make_unet() -> nn.Module:
-    torch.manual_seed(0)
-    unet: nn.Module = make_denoiser(family_of_shape("SD2.1-shape"), SIZES.unet)
-    return unet
-
-
-def relearned(unet: nn.Module) -> dict[str, Tensor]:
-    """theta_ft: a fine-tuning's distance from theta_pre, in random directions."""
-    rng = torch.Generator().manual_seed(3)
-    return {name: p.detach() + 1e-3 * torch.randn(p.shape, generator=rng) for name, p in unet.named_parameters()}
-
-
-def make_batches(material: Material) -> list[BatchSource]:
-    roles = [torch.arange(ROWS // 2)], [torch.arange(ROWS // 2, ROWS)]
-    return [BatchSource(material.cached, *roles, SIZES.batch, 0, stream) for stream in ("lower", "upper")]
 
 
 def make_budget(count: int) -> Rule:
@@ -246,10 +158,14 @@ def set_up(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[str
     return published(case, material) if case.engine == "published" else own(case, material)
 
 
-def learned_state(logits: Tensor, unet: nn.Module) -> dict[str, Any]:
-    """Logits, and weights of all over the model."""
-    flat = [p.detach().reshape(-1)[:: max(1, p.numel() // 4)][:4].float().cpu() for p in unet.parameters()]
+def learned_state(logits: Tensor, weights: Iterable[Tensor]) -> dict[str, Any]:
+    """Logits, and weights of all over the model. weights: every tensor, flat, in the model's order."""
+    flat = [w.detach()[:: max(1, w.numel() // 4)][:4].float().cpu() for w in weights]
     return {"logits": logits.clone(), "weights": torch.cat(flat)}
+
+
+def weights_of(unet: nn.Module) -> Iterator[Tensor]:
+    return (p.reshape(-1) for p in unet.parameters())
 
 
 def published(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[str, Any]]]:
@@ -271,7 +187,7 @@ def published(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[
                 yield "user", lambda step=step: arrangement.user_step(lower, step)  # type: ignore[misc]
             yield "publisher", lambda k=k: arrangement.publisher_step(upper, k)  # type: ignore[misc]
 
-    return steps(), lambda: learned_state(arrangement.state["logits"], unet)
+    return steps(), lambda: learned_state(arrangement.state["logits"], weights_of(unet))
 
 
 def own(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[str, Any]]]:
@@ -292,9 +208,12 @@ def own(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[str, A
     lower, upper = make_batches(material)
     records = alternate(engine, optimizer, lower, upper, Schedule(INNER, ROUNDS), device=DEVICE)
     kinds = ([*["user"] * INNER, "publisher"]) * ROUNDS
-    state = learned_state(torch.empty(0), unet) if case.engine == "alone" else None
-    steps = ((kind, lambda: next(records)) for kind in kinds)
-    return steps, lambda: state or learned_state(optimizer.logits, unet)
+
+    def learned() -> dict[str, Any]:
+        pieces = optimizer.layout.pieces(optimizer.shards())
+        return learned_state(optimizer.logits, [pieces[name][1] for name in optimizer.layout.names])
+
+    return ((kind, lambda: next(records)) for kind in kinds), learned
 
 
 def build(case: Case, unet: nn.Module, module: DenoiserLoss) -> tuple[BilevelOptimizer, Any]:
@@ -368,6 +287,11 @@ def profile(folder: Path, name: str, out: Path) -> None:
             break
 
 
+def possible(case: Case) -> bool:
+    """Whether this machine can tell anything about a case."""
+    return (ON_GPU or not case.gpu_only) and (workers.has_deepspeed() or not case.engine.startswith("zero"))
+
+
 def runner(name: str) -> Callable[..., Any]:
     if CASES[name].engine.startswith("zero"):
         return lambda *arguments: workers.run_world(1, *arguments)[0]
@@ -383,7 +307,7 @@ def distance(own: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, floa
     """From the plain float32 path: correlation of the logits, and how far weights are apart beside their distance from
     theta_pre.
     """
-    pre = learned_state(torch.empty(0), make_unet())["weights"]
+    pre = learned_state(torch.empty(0), weights_of(make_unet()))["weights"]
     apart = (own["weights"] - plain["weights"]).norm() / (plain["weights"] - pre).norm()
     correlation = torch.corrcoef(torch.stack([own["logits"], plain["logits"]]))[0, 1]
     return {"logits_correlation": float(correlation), "weights_apart": float(apart)}
@@ -426,6 +350,38 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def count_sd21() -> str:
+    """What SD 2.1 needs at 512 pixels, batch 16, bf16, by arithmetic: GB of each arrangement, with and without gradient
+    checkpointing. Nothing is run.
+    """
+    shapes = [measure_denoiser(SD21.unet, int(SD21.unet["sample_size"]), checkpointing=kept) for kept in (False, True)]
+    params, largest = shapes[0].num_params, max(shapes[0].sizes)
+    with torch.device("meta"):
+        encoders = sum(p.numel() for part in (make_vae(SD21), make_text_encoder(SD21)) for p in part.parameters())
+    # Autocast keeps what it has converted until the backward pass has used it.
+    common = (4 + 2) * params
+    static = {
+        "the published arrangement": common + (4 + 2) * params + 2 * encoders,
+        "latents and text cached": common + (4 + 4) * params,
+        "+ gradients used as they arrive": common + 4 * params + 4 * largest,
+        "+ theta_d in bfloat16": common + 2 * params + 4 * largest,
+        "theta_d in main memory instead": common + 4 * largest,
+    }
+    kept = [2 * SD21.batch * shape.saved_elements for shape in shapes]
+    whole = static["the published arrangement"]
+    lines = [
+        f"activations: {kept[0] / 1e9:.1f} GB, with gradient checkpointing {kept[1] / 1e9:.1f} GB",
+        "",
+        "| SD 2.1, 512 px, batch 16, bf16 | without activations | of published | with | checkpointed |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for says, size in static.items():
+        ratios = [(size + each) / (whole + each) for each in (0, *kept)]
+        shares = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {says} | {size / 1e9:.1f} GB | {shares} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
@@ -435,7 +391,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, metavar="DIR", help="trace one step of each kind instead")
     args = parser.parse_args()
     if args.tables:
-        print(markdown(json.loads(args.out.read_text(encoding="utf-8"))["rows"]))
+        print(markdown(json.loads(args.out.read_text(encoding="utf-8"))["rows"]), count_sd21(), sep="\n\n")
         return
     with tempfile.TemporaryDirectory(prefix="raygard-") as root:
         folder = make_schedule(Path(root))
@@ -446,7 +402,7 @@ def main() -> None:
         document = {**workers.machine(), "device": DEVICE, "batch": SIZES.batch, "rows": []}
         for number in range(args.rounds):
             for name in args.only:
-                if CASES[name].gpu_only and not ON_GPU:
+                if not possible(CASES[name]):
                     continue
                 found = runner(name)(run_case, folder, name)
                 learned[name] = found.pop("learned")
@@ -457,18 +413,7 @@ def main() -> None:
                 document["rows"].append(row)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(markdown(document["rows"]))
-
-
-def make_schedule(folder: Path) -> Path:
-    """A pipeline folder with nothing but SD's noise schedule."""
-    from diffusers import DDPMScheduler
-
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}), encoding="utf-8")
-    return folder
+    print(markdown(document["rows"]), count_sd21(), sep="\n\n")
 
 
 if __name__ == "__main__":

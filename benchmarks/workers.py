@@ -6,6 +6,7 @@ a model with random weights and on random latents, because neither memory nor tr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -87,8 +88,9 @@ def steps(training: ShardedTraining, config: RunConfig, data: LatentSet, relearn
 
 
 def run_world(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` in `world` new processes that form a gloo group; what each returned, by rank.
+    """`function(*arguments)` in `world` new processes that form a group; what each returned, by rank.
 
+    NCCL where there are GPUs, one for each, otherwise gloo.
     function: of a module that can be imported; it runs after DeepSpeed has been imported. Raises RuntimeError with the
     output of a process that failed (torch.multiprocessing).
     """
@@ -119,28 +121,37 @@ def _alone(rank: int, folder: str, function: Callable[..., Any], arguments: tupl
 
 def _rank(rank: int, folder: str, world: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    cpu_environment()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    else:
+        cpu_environment()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
     store = dist.FileStore(str(Path(folder) / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def has_deepspeed() -> bool:
+    """A GPU machine that is lent for benchmarks of the pure core may not have it."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
 def machine() -> dict[str, Any]:
     """What a result must say of where it was measured."""
     import platform
+    from importlib.metadata import version
 
-    import deepspeed
-
+    name = platform.processor() or platform.machine()
     return {
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else name,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed") if has_deepspeed() else None,
         "python": sys.version.split()[0],
     }

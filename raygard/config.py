@@ -195,7 +195,7 @@ class EngineConfig(Section):
     theta_d_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 is rounded at random")
     theta_d_device: Literal["worker", "cpu"] = Field("worker", description="cpu: main memory, pinned")
     stream_gradients: bool = Field(
-        False, description="use each gradient as it arrives; one worker without DeepSpeed (docs/large-models.md)"
+        False, description="use each gradient as it arrives; one worker without DeepSpeed (docs/bilevel.md)"
     )
     timeout_s: float = Field(1800.0, gt=0, description="collective timeout")
     node_timeout_s: float = Field(

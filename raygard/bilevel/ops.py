@@ -20,8 +20,9 @@ LARGE = 1 << 11
 # A float32 dot product adds up at most this many elements before its result goes to float64. A GPU adds in a tree, and
 # starting one product for each 2^18 elements of a large model would take longer than the products.
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
-# What is kept in another form, or in main memory, is brought over in pieces of so many elements.
-PIECE = 1 << 24
+# What is kept in another form, or in main memory, is brought over in pieces of so many elements; a CPU's stay in its
+# cache.
+PIECE = {"cpu": 1 << 14, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class SegmentOps:
         plain = target.dtype == torch.float32 and target.device == self.device
         for run, factor in zip(self.runs, self._factors[name], strict=True):
             # Runs that have a factor for each element are short.
-            step = run.stop - run.start if plain or isinstance(factor, Tensor) else PIECE
+            step = run.stop - run.start if plain or isinstance(factor, Tensor) else PIECE[self.device.type]
             for start in range(run.start, run.stop, step):
                 stop = min(start + step, run.stop)
                 kept, values = target[start:stop], self._fetch(source[start:stop])
@@ -132,8 +133,11 @@ def round_at_random(values: Tensor, rng: torch.Generator) -> Tensor:
     Rounding to the nearest would lose every step smaller than half of the distance between neighbours (Gupta et al.
     2015, stochastic rounding).
     """
-    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
-    values.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+    # One random word is enough for four elements.
+    words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
+    noise = words.random_(-(2**63), None, generator=rng).view(torch.int16)[: values.numel()].to(torch.int32)
+    bits = values.view(torch.int32)
+    bits.add_(noise.bitwise_and_((1 << 16) - 1).view(values.shape)).bitwise_and_(-(1 << 16))
     return values.to(torch.bfloat16)
 
 

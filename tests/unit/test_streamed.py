@@ -124,7 +124,7 @@ def test_rounded_theta_d_follows_the_plain_run(tiny_model, user: str) -> None:
     # theta_d is near 1e-2, where bfloat16's neighbours are 6e-5 apart.
     assert rounded.optimizer.invariant_error(rounded.pre) < 1e-3
     moved = torch.cat([p.reshape(-1) for p in plain.pre.values()]) - plain.theta()
-    assert (rounded.theta() - plain.theta()).norm() < 0.02 * moved.norm()
+    assert (rounded.theta() - plain.theta()).norm() < 0.05 * moved.norm()
     both = torch.stack([rounded.optimizer.logits, plain.optimizer.logits])
     assert torch.corrcoef(both)[0, 1] > 0.99
 
