@@ -39,12 +39,21 @@ MODELS: dict[str, dict[str, Any]] = {"unet": UNET, "large": LARGE, "tiny": TINY}
 SIZES = ("unet", "large")
 VALUES_RATIO = 0.3
 PHASES = ("set up", "steps", "checkpoint")
+STREAMED = ("engine.stream_gradients=true", "bilevel.max_grad_norm=0")
 # name: stage, ZeRO stage, workers, further settings.
 CASES: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
     **{f"learn-zero{zero}-{n}": ("learn", zero, n, ()) for n in (1, 2) for zero in (0, 1, 2, 3)},
     "learn-zero2-2-sgd": ("learn", 2, 2, ("bilevel.user_optimizer=sgd",)),
     "learn-zero2-2-bf16": ("learn", 2, 2, ("engine.mixed_precision=bf16",)),
     "learn-zero2-1-batch16": ("learn", 2, 1, ("bilevel.train_batch_size=16",)),
+    "learn-zero2-2-rounded": ("learn", 2, 2, ("engine.theta_d_dtype=bfloat16",)),
+    "learn-streamed": ("learn", 0, 1, STREAMED),
+    "learn-streamed-rounded-bf16": (
+        "learn",
+        0,
+        1,
+        (*STREAMED, "engine.theta_d_dtype=bfloat16", "engine.mixed_precision=bf16"),
+    ),
     "relearn-zero2-2": ("relearn", 2, 2, ()),
     "values-zero2-2": (
         "values",

@@ -84,14 +84,17 @@ class ShardLayout:
                 source = state[self.names[s.tensor]].reshape(-1)[s.tensor_start : s.tensor_start + s.length]
                 flat[s.shard_start : s.shard_start + s.length].copy_(source)
 
-    def pieces(self, shards: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
-        """Return `{name: (tensor_start, values)}` of what this rank holds, as CPU copies."""
+    def pieces(self, shards: Sequence[Tensor], copy: bool = True) -> dict[str, tuple[int, Tensor]]:
+        """Return `{name: (tensor_start, values)}` of what this rank holds, on the CPU.
+
+        copy: False gives views of shards that lie there.
+        """
         found = {}
         for segments, shard in zip(self.shards, shards, strict=True):
             flat = shard.detach().view(-1)
             for s in segments:
                 values = flat[s.shard_start : s.shard_start + s.length]
-                found[self.names[s.tensor]] = (s.tensor_start, values.to("cpu", copy=True))
+                found[self.names[s.tensor]] = (s.tensor_start, values.to("cpu", copy=copy))
         return found
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of relearning and mask learning: by tensor name, checked by hash, for any number of workers.
 
-Every rank writes what its shards hold as safetensors into one folder on shared storage, and a manifest last. Nothing
+Every rank writes what its shards hold as safetensors into one folder on shared storage, a file for each kind of state so
+that it never holds all of it twice, and a manifest last. Nothing
 in them depends on how the state was divided, so any number of workers at any ZeRO stage goes on from them: each reads
 the elements of its own shards. (DeepSpeed's own checkpoints are tied to the world that wrote them.)
 """
@@ -94,15 +95,22 @@ def save_state(
     tensors that are equal on all ranks. Raises RaygardError if the disk is full.
     """
     arrays = {f"{SHARED}:0:{name}": value.detach().cpu().contiguous() for name, value in shared.items()}
+    files = [_write(folder, SHARED, arrays)]
     # Where every rank holds everything, one copy is enough.
     if not layout.replicated or dist.get_rank() == 0:
         for kind, shards in state.items():
-            for name, (start, values) in layout.pieces(shards).items():
-                arrays[f"{kind}:{start}:{name}"] = values.contiguous()
-    file = folder / f"state-{dist.get_rank():05d}.safetensors"
+            pieces = layout.pieces(shards, copy=False)
+            files.append(
+                _write(folder, kind, {f"{kind}:{start}:{name}": part for name, (start, part) in pieces.items()})
+            )
+    write_manifest(folder, k, files)
+
+
+def _write(folder: Path, kind: str, arrays: Mapping[str, Tensor]) -> Path:
+    file = folder / f"state-{dist.get_rank():05d}-{kind}.safetensors"
     with scratch(file) as unfinished:
-        save_file(arrays, str(unfinished))
-    write_manifest(folder, k, [file])
+        save_file(dict(arrays), str(unfinished))
+    return file
 
 
 class SavedState:
@@ -118,9 +126,9 @@ class SavedState:
         self.shared: dict[str, Tensor] = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         self._open = contextlib.ExitStack()
-        for rank in range(self.world_size):
-            opened = safe_open(str(folder / f"state-{rank:05d}.safetensors"), framework="pt")
-            file = self._open.enter_context(opened)
+        names = [name for rank in range(self.world_size) for name in read_manifest(folder, rank)["files"]]
+        for name in names:
+            file = self._open.enter_context(safe_open(str(folder / name), framework="pt"))
             for key in file.keys():  # noqa: SIM118  (safetensors' file is no mapping)
                 kind, start, name = key.split(":", 2)
                 if kind == SHARED:

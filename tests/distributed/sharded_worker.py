@@ -176,7 +176,7 @@ def torn(root: Path, stage: int, precision: str, user_optimizer: str, world: int
     found = [first_whole(newest_first)]
     for folder in newest_first:
         if dist.get_rank() == 0:
-            victim = folder / "state-00001.safetensors"
+            victim = folder / "state-00001-theta.safetensors"
             os.truncate(victim, victim.stat().st_size // 2)
         dist.barrier()
         found.append(first_whole(newest_first))

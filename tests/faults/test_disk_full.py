@@ -56,7 +56,7 @@ def test_full_disk_is_one_line_and_costs_one_interval(setting, undisturbed, smal
 
     def strike() -> None:
         # Room for lines of history, and for no checkpoint.
-        (whole, *_) = sorted(out.glob("ray/train/checkpoint_*/state-00000.safetensors"))
+        (whole, *_) = sorted(out.glob("ray/train/checkpoint_*/state-00000-theta.safetensors"))
         fill(filler, leave=whole.stat().st_size // 2)
 
     watch = Watch(out / "history.jsonl", 5, strike)

@@ -64,7 +64,7 @@ def test_damaged_shard_means_the_checkpoint_before_it(
     cut_off.end()
     whole = [path for path in sorted(tmp_path.glob("ray/train/checkpoint_*")) if find_damage(path, 0, 1) is None]
     assert len(whole) >= 2
-    shard = whole[-1] / "state-00001.safetensors"
+    shard = whole[-1] / "state-00001-theta.safetensors"
     if damage == "missing":
         shard.unlink()
     else:

@@ -106,13 +106,16 @@ def estimate_memory(
         gradients, step = 0, {}
     # A backward pass frees activations while it makes gradients: these are its beginning, its middle (half of the
     # activations belong to the half of the network that comes first), its end, and the optimizer's step.
+    # Autocast keeps what it has made of the weights until the backward pass has been there.
+    cast = num_params * BF16 if half else 0
     if placement.streamed and stage not in PLAIN:
         # A gradient, what Adam's direction or theta_d's rounding needs beside it.
-        moments = [{"activations": activations, "gradients": largest * FP32, "temporaries": 2 * largest * FP32}]
+        one = {"gradients": largest * FP32, "temporaries": 2 * largest * FP32}
+        moments = [{"activations": activations, "weights in bf16": cast, **one}]
     elif zero_stage == 0:
         moments = [
-            {"activations": activations, "gradients": gradients if accumulates else 0},
-            {"activations": activations // 2, "gradients": gradients},
+            {"activations": activations, "weights in bf16": cast, "gradients": gradients if accumulates else 0},
+            {"activations": activations // 2, "weights in bf16": cast // 2, "gradients": gradients},
             {"gradients": gradients, "reduce copy": sent},
             {"gradients": gradients, "Adam's temporary": largest * FP32 if adam else 0},
         ]
