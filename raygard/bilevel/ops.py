@@ -77,14 +77,14 @@ class SegmentOps:
         Either may be bfloat16 or lie in main memory: sums are made in float32 on the shard's device. rng: of that
         device, needed where target is bfloat16, which is rounded at random (`round_at_random`).
         """
-        plain = target.dtype == torch.float32 and target.device == self.device
+        whole = self._is_plain(target) and self._is_plain(source)
         for run, factor in zip(self.runs, self._factors[name], strict=True):
             # Runs that have a factor for each element are short.
-            step = run.stop - run.start if plain or isinstance(factor, Tensor) else PIECE[self.device.type]
+            step = run.stop - run.start if whole or isinstance(factor, Tensor) else PIECE[self.device.type]
             for start in range(run.start, run.stop, step):
                 stop = min(start + step, run.stop)
                 kept, values = target[start:stop], self._fetch(source[start:stop])
-                out = kept if plain else self._fetch(kept)
+                out = self._fetch(kept)
                 if isinstance(factor, Tensor):
                     out.addcmul_(values, factor, value=scale)
                 else:
@@ -92,8 +92,11 @@ class SegmentOps:
                 if kept.dtype == torch.bfloat16:
                     assert rng is not None
                     out = round_at_random(out, rng)
-                if not plain:
+                if out is not kept:
                     kept.copy_(out, non_blocking=True)
+
+    def _is_plain(self, values: Tensor) -> bool:
+        return values.dtype == torch.float32 and values.device == self.device
 
     def _fetch(self, part: Tensor) -> Tensor:
         return part.to(self.device, torch.float32, non_blocking=True)
@@ -104,7 +107,7 @@ class SegmentOps:
         left: float32 on that device. right: as in `add_scaled`.
         """
         sums = torch.zeros(self.num_tensors, dtype=torch.float64, device=left.device)
-        chunk = CHUNK[left.device.type]
+        chunk = (CHUNK if self._is_plain(right) else PIECE)[left.device.type]
         large: list[int] = []
         dots: list[Tensor] = []
         small: list[Tensor] = []
