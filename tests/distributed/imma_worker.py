@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from tests.latents import flat_latents  # noqa: E402
 
 ROUNDS, STOP, SEED = 3, 2, 1
 RETAINS = "-retain"
+# Last in a plan's item.
+OFFLOAD = {
+    "offload": ("engine.offload_optimizer_device=cpu",),
+    "offload-all": ("engine.offload_optimizer_device=cpu", "engine.offload_param_device=cpu"),
+}
 
 
 def configuration(root: Path, *overrides: str) -> RunConfig:
@@ -75,14 +81,14 @@ def losses(records: list[StepRecord]) -> Tensor:
 
 
 def sharded(
-    root: Path, case: str, stage: int, precision: str, accumulation: int = 1, *, stop: int | None = None,
-    save: Path | None = None, load: Path | None = None,
+    root: Path, case: str, stage: int, precision: str, accumulation: int = 1, *, options: Sequence[str] = (),
+    stop: int | None = None, save: Path | None = None, load: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One DeepSpeed run on this rank; stop: ends after so many rounds, as a killed run does."""
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = [f"engine.num_workers={world}", f"engine.zero_stage={stage}", f"engine.mixed_precision={precision}"]
     unet, material, settings = setting(root, case, accumulation)
-    training, optimizer, source = build_imma(configuration(root, *engine), unet, material, settings)
+    training, optimizer, source = build_imma(configuration(root, *engine, *options), unet, material, settings)
     first_round = 0 if load is None else training.load(load)
     records = []
     for record in immunise(training.engine, optimizer, *source, settings, Place(rank, world), first_round=first_round):
@@ -99,16 +105,16 @@ def sharded(
     return {"first_round": first_round, "parameters": gather(module, readable, keep=True), "losses": losses(records)}
 
 
-def resumed(root: Path, name: str, case: str, stage: int, precision: str) -> dict[str, Any]:
+def resumed(root: Path, name: str, case: str, stage: int, precision: str, options: Sequence[str]) -> dict[str, Any]:
     """A part of a run, saved by each rank into a folder of its own as under Ray Train, and the rest from the merged
     one."""
     with tempfile.TemporaryDirectory() as own:
-        part = sharded(root, case, stage, precision, stop=STOP, save=Path(own))
+        part = sharded(root, case, stage, precision, options=options, stop=STOP, save=Path(own))
         merged = root / f"merged-{name}-{dist.get_world_size()}"
         merged.mkdir(exist_ok=True)
         shutil.copytree(own, merged, dirs_exist_ok=True)
         dist.barrier()
-    return {**sharded(root, case, stage, precision, load=merged), "part": part["parameters"]}
+    return {**sharded(root, case, stage, precision, options=options, load=merged), "part": part["parameters"]}
 
 
 def main() -> None:
@@ -122,10 +128,12 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for item in plan.split(","):
         case, stage, precision, *rest = item.split(":")
+        options = OFFLOAD[rest.pop()] if rest and rest[-1] in OFFLOAD else ()
         if rest == ["resume"]:
-            results[item] = resumed(root, item.replace(":", "-"), case, int(stage), precision)
+            results[item] = resumed(root, item.replace(":", "-"), case, int(stage), precision, options)
         else:
-            results[item] = sharded(root, case, int(stage), precision, int(rest[0]) if rest else 1)
+            accumulation = int(rest[0]) if rest else 1
+            results[item] = sharded(root, case, int(stage), precision, accumulation, options=options)
     torch.save(results, root / f"world{world}-rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

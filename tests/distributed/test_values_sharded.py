@@ -20,7 +20,9 @@ WORKER = Path(__file__).parent / "values_worker.py"
 PLANS = {
     1: ["zero2:2:no"],
     2: ["zero0:0:no", "zero1:1:no", "zero2:2:no", "zero3:3:no", "bf0:0:bf16", "bf2:2:bf16", "accumulated:2:no:2",
-        "resume3:3:no:resume", "resume2:2:no:resume", "resume0:0:no:resume"],
+        "resumed-zero3:3:no:resume", "resumed-zero2:2:no:resume", "resumed-zero0:0:no:resume",
+        "offload1:1:no:2:offload", "offload2:2:no:offload", "offload3:3:no:offload-all",
+        "resumed-offload3:3:no:resume:offload-all", "resumed-offload2:2:no:resume:offload"],
 }  # fmt: skip
 FP32 = [(world, item.split(":")[0]) for world, plan in PLANS.items() for item in plan if ":no" in item]
 
@@ -98,11 +100,11 @@ def test_history_is_the_dense_one_on_average(results, reference, name: str) -> N
     torch.testing.assert_close(errors, reference["errors"], rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_resume_is_bitwise_the_straight_run(root, results, worker, stage: int) -> None:
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "offload2", "offload3"])
+def test_resume_is_bitwise_the_straight_run(root, results, worker, name: str) -> None:
     for rank in results[2]:
-        straight, resumed = rank[f"zero{stage}"], rank[f"resume{stage}"]
+        straight, resumed = rank[name], rank[f"resumed-{name}"]
         assert resumed["first_step"] == worker.STEPS // 2
-        for name in worker.frozen_names(root):
-            assert not torch.equal(resumed["half"][name], straight["values"][name])
-            assert torch.equal(resumed["values"][name], straight["values"][name])
+        for tensor in worker.frozen_names(root):
+            assert not torch.equal(resumed["half"][tensor], straight["values"][tensor])
+            assert torch.equal(resumed["values"][tensor], straight["values"][tensor])

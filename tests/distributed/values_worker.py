@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ from raygard.values import Objective, Plan, ValuesSource, release_errors, train_
 
 # Few bins, because a pass under ZeRO-3 takes a third of a second.
 STEPS, SEED, NUM_BINS = 6, 1, 4
+# Last in a plan's item.
+OFFLOAD = {
+    "offload": ("engine.offload_optimizer_device=cpu",),
+    "offload-all": ("engine.offload_optimizer_device=cpu", "engine.offload_param_device=cpu"),
+}
 
 
 def configuration(root: Path, *overrides: str) -> RunConfig:
@@ -105,13 +111,13 @@ def dense(root: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def sharded(
-    root: Path, stage: int, precision: str, accumulation: int = 1, *, stop: int | None = None,
-    save: Path | None = None, load: Path | None = None,
+    root: Path, stage: int, precision: str, accumulation: int = 1, *, options: Sequence[str] = (),
+    stop: int | None = None, save: Path | None = None, load: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One DeepSpeed run on this rank; stop: ends after so many steps, as a killed run does."""
     world, rank = dist.get_world_size(), dist.get_rank()
     engine = [f"engine.num_workers={world}", f"engine.zero_stage={stage}", f"engine.mixed_precision={precision}"]
-    config = configuration(root, *engine, f"values.gradient_accumulation_steps={accumulation}")
+    config = configuration(root, *engine, *options, f"values.gradient_accumulation_steps={accumulation}")
     frozen = frozen_names(root)
     unet, loss, source = setting(config, root)
     training = build_values(config, unet, loss, frozen)
@@ -138,15 +144,15 @@ def sharded(
     }
 
 
-def resumed(root: Path, name: str, stage: int, precision: str) -> dict[str, Any]:
+def resumed(root: Path, name: str, stage: int, precision: str, options: Sequence[str]) -> dict[str, Any]:
     """Half a run, saved by each rank into a folder of its own as under Ray Train, and the rest from the merged one."""
     with tempfile.TemporaryDirectory() as own:
-        half = sharded(root, stage, precision, stop=STEPS // 2, save=Path(own))
+        half = sharded(root, stage, precision, options=options, stop=STEPS // 2, save=Path(own))
         merged = root / f"merged-{name}-{dist.get_world_size()}"
         merged.mkdir(exist_ok=True)
         shutil.copytree(own, merged, dirs_exist_ok=True)
         dist.barrier()
-    return {**sharded(root, stage, precision, load=merged), "half": half["values"]}
+    return {**sharded(root, stage, precision, options=options, load=merged), "half": half["values"]}
 
 
 def main() -> None:
@@ -160,10 +166,11 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for item in plan.split(","):
         name, stage, precision, *rest = item.split(":")
+        options = OFFLOAD[rest.pop()] if rest and rest[-1] in OFFLOAD else ()
         if rest == ["resume"]:
-            results[name] = resumed(root, name, int(stage), precision)
+            results[name] = resumed(root, name, int(stage), precision, options)
         else:
-            results[name] = sharded(root, int(stage), precision, int(rest[0]) if rest else 1)
+            results[name] = sharded(root, int(stage), precision, int(rest[0]) if rest else 1, options=options)
     torch.save(results, root / f"world{world}-rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
