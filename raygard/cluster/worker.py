@@ -128,11 +128,20 @@ def set_up(
 
 
 def prepare(denoiser: Any, engine: EngineConfig) -> None:
-    """Put a denoiser that DeepSpeed has not seen yet into training mode, as `engine` asks for it."""
+    """Put a denoiser that DeepSpeed has not seen yet into training mode, as `engine` asks for it.
+
+    Raises RaygardError if there is nothing in it that `engine.compile` could compile.
+    """
     if engine.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if engine.compile:
-        denoiser.compile_repeated_blocks()
+        # diffusers' compile_repeated_blocks, which knows the blocks of all denoisers here but SD3's.
+        names = denoiser._repeated_blocks or ["JointTransformerBlock"]
+        blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise RaygardError(f"engine.compile finds no {' or '.join(names)} in this model's denoiser; set it to false")
+        for block in blocks:
+            block.compile()
     denoiser.train()
 
 

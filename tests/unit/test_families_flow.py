@@ -19,8 +19,8 @@ from raygard.bilevel.rules import make_rule
 from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.evaluators import Adaptation, GeneratorActor, PictureRequest, adapt_task, base_loss_task
 from raygard.cluster.jobs import EvaluationJob, job_content
-from raygard.cluster.worker import batch_sources, make_optimizer, make_schedule, rule_settings
-from raygard.config import RunConfig
+from raygard.cluster.worker import batch_sources, make_optimizer, make_schedule, prepare, rule_settings
+from raygard.config import EngineConfig, RunConfig
 from raygard.config_file import load_config
 from raygard.defences import make_mask
 from raygard.diffusion.cache import LatentSet, build_cache, load_cache
@@ -269,6 +269,13 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, config: RunCon
     for name, gradient in found[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_repeated_blocks_are_compiled(config: RunConfig) -> None:
+    denoiser = load_denoiser(config.model)
+    prepare(denoiser, EngineConfig(compile=True))
+    blocks = {module.__class__.__name__ for module in denoiser.modules() if module._compiled_call_impl is not None}
+    assert blocks and all(name.endswith("TransformerBlock") for name in blocks)
 
 
 def test_users_who_checkpoint_gradients_get_the_same_weights(config: RunConfig, learn_rows: LatentSet) -> None:
