@@ -78,7 +78,11 @@ class Flow:
             check_evaluation(config.evaluation.scorer)
             get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
-        self.model_hash = model_fingerprint(config.model, model_family(config.model).denoiser)
+        family = model_family(config.model)
+        if config.engine.channels_last and family.flow_matching:
+            # Their transformers turn latents into tokens before anything else.
+            raise RaygardError(f"engine.channels_last has no effect on {family.name}; remove it")
+        self.model_hash = model_fingerprint(config.model, family.denoiser)
         RunDirectory.check(out, config)
         connect()
         self.dir = RunDirectory(out, config)

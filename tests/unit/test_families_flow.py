@@ -271,6 +271,16 @@ def test_gradient_checkpointing_changes_no_gradient(bench: Bench, config: RunCon
         torch.testing.assert_close(found[1][name], gradient)
 
 
+def test_channels_last_is_refused_where_it_has_no_effect(bench: Bench, tmp_path: Path) -> None:
+    config = bench.config(*SHORT, "engine.channels_last=true")
+    if not model_family(config.model).flow_matching:
+        Flow(config, tmp_path / "run")
+        return
+    with pytest.raises(RaygardError, match=r"engine\.channels_last has no effect on .*; remove it"):
+        Flow(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_repeated_blocks_are_compiled(config: RunConfig) -> None:
     denoiser = load_denoiser(config.model)
     prepare(denoiser, EngineConfig(compile=True))
