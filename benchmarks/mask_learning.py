@@ -294,7 +294,7 @@ def possible(case: Case) -> bool:
 
 def runner(name: str) -> Callable[..., Any]:
     if CASES[name].engine.startswith("zero"):
-        return lambda *arguments: workers.run_world(1, *arguments)[0]
+        return lambda *arguments: workers.run_world(1, *arguments, on_gpu=ON_GPU)[0]
     return workers.run_alone
 
 

@@ -87,14 +87,14 @@ def steps(training: ShardedTraining, config: RunConfig, data: LatentSet, relearn
     return alternate(training.engine, training.optimizer, lower, None if relearning else upper, schedule)
 
 
-def run_world(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_world(world: int, function: Callable[..., Any], *arguments: Any, on_gpu: bool = False) -> list[Any]:
     """`function(*arguments)` in `world` new processes that form a group; what each returned, by rank.
 
-    NCCL where there are GPUs, one for each, otherwise gloo.
+    on_gpu: NCCL and a GPU for each; otherwise gloo, and no GPU even where there are some.
     function: of a module that can be imported; it runs after DeepSpeed has been imported. Raises RuntimeError with the
     output of a process that failed (torch.multiprocessing).
     """
-    return _spawn(_rank, world, world, function, arguments)
+    return _spawn(_rank, world, world, on_gpu, function, arguments)
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -119,9 +119,10 @@ def _alone(rank: int, folder: str, function: Callable[..., Any], arguments: tupl
     torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
 
 
-def _rank(rank: int, folder: str, world: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, folder: str, world: int, on_gpu: bool, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(rank)
     else:
