@@ -139,7 +139,9 @@ def prepare(denoiser: Any, engine: EngineConfig) -> None:
         names = denoiser._repeated_blocks or ["JointTransformerBlock"]
         blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
         if not blocks:
-            raise RaygardError(f"engine.compile finds no {' or '.join(names)} in this model's denoiser; set it to false")
+            raise RaygardError(
+                f"engine.compile finds no {' or '.join(names)} in this model's denoiser; set it to false"
+            )
         for block in blocks:
             block.compile()
     denoiser.train()
