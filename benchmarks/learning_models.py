@@ -64,7 +64,7 @@ class Material:
     loss: TrainingLoss
 
 
-def make_vae(sizes: Sizes = SIZES) -> Any:
+def make_vae(sizes: Sizes) -> Any:
     from diffusers import AutoencoderKL
 
     channels = sizes.vae_channels
@@ -79,7 +79,7 @@ def make_vae(sizes: Sizes = SIZES) -> Any:
     ).requires_grad_(False)
 
 
-def make_text_encoder(sizes: Sizes = SIZES) -> Any:
+def make_text_encoder(sizes: Sizes) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(**sizes.text, max_position_embeddings=TEXT_TOKENS)).requires_grad_(False)
@@ -92,8 +92,8 @@ def make_material(folder: Path) -> Material:
     pixels = torch.randint(256, (ROWS, SIZES.pixels, SIZES.pixels, 3), generator=rng, dtype=torch.uint8)
     tokens = torch.randint(49_000, (ROWS, TEXT_TOKENS), generator=rng)
     torch.manual_seed(2)
-    mean, std = encode_pixels(make_vae().to(DEVICE), pixels, DEVICE)
-    text = make_text_encoder().to(DEVICE)(tokens.to(DEVICE))[0].cpu()
+    mean, std = encode_pixels(make_vae(SIZES).to(DEVICE), pixels, DEVICE)
+    text = make_text_encoder(SIZES).to(DEVICE)(tokens.to(DEVICE))[0].cpu()
     conditioning = ConditioningRows(Conditioning(text=text), torch.arange(ROWS))
     classes = ["a"] * (ROWS // 2) + ["b"] * (ROWS // 2)
     cached = LatentSet(mean, std, conditioning, classes, list(classes), [])

@@ -18,6 +18,7 @@ batch 16; memory is what torch allocated, and time is wall time.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -173,11 +174,11 @@ def published(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[
     if case.checkpointing:
         unet.enable_gradient_checkpointing()  # type: ignore[operator]
     torch.manual_seed(2)
-    vae, text = make_vae(), make_text_encoder()
+    vae, text = make_vae(SIZES), make_text_encoder(SIZES)
     rule = make_budget(sum(1 for _ in unet.parameters()))
     arrangement = PublishedArrangement(
         unet, vae, text, material.loss, rule, TEMPERATURE, LR, relearned(unet), material.pixels, material.tokens,
-        DEVICE, torch.bfloat16,
+        DEVICE, torch.bfloat16 if case.bf16 else torch.float32,
     )  # fmt: skip
     lower, upper = make_batches(material)
 
@@ -303,12 +304,21 @@ def pictures_per_second(row: dict[str, Any]) -> float:
     return SIZES.batch * (PAPER_L + 1) / (PAPER_L * float(row["user_s"]) + float(row["publisher_s"]))
 
 
+@functools.cache
+def start() -> Tensor:
+    """Weights that every case starts from: theta(m) for the budget rule's first m, which is p."""
+    unet = make_unet()
+    after = relearned(unet)
+    before = [p + (1 - RATIO) * (after[name] - p) for name, p in unet.named_parameters()]
+    return cast(Tensor, learned_state(torch.empty(0), [w.reshape(-1) for w in before])["weights"])
+
+
 def distance(own: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, float]:
-    """From the plain float32 path: correlation of the logits, and how far weights are apart beside their distance from
-    theta_pre.
+    """From the plain float32 path: correlation of the logits, and how far weights are apart beside the way they went.
+
+    A case that had moved nothing would be 1 apart.
     """
-    pre = learned_state(torch.empty(0), weights_of(make_unet()))["weights"]
-    apart = (own["weights"] - plain["weights"]).norm() / (plain["weights"] - pre).norm()
+    apart = (own["weights"] - plain["weights"]).norm() / (plain["weights"] - start()).norm()
     correlation = torch.corrcoef(torch.stack([own["logits"], plain["logits"]]))[0, 1]
     return {"logits_correlation": float(correlation), "weights_apart": float(apart)}
 
@@ -351,34 +361,39 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def count_sd21() -> str:
-    """What SD 2.1 needs at 512 pixels, batch 16, bf16, by arithmetic: GB of each arrangement, with and without gradient
-    checkpointing. Nothing is run.
+    """What SD 2.1 needs at 512 pixels, batch 16, bf16, by arithmetic: GB of each arrangement at the peak of a step,
+    with and without gradient checkpointing. Nothing is run.
     """
     shapes = [measure_denoiser(SD21.unet, int(SD21.unet["sample_size"]), checkpointing=kept) for kept in (False, True)]
     params, largest = shapes[0].num_params, max(shapes[0].sizes)
     with torch.device("meta"):
         encoders = sum(p.numel() for part in (make_vae(SD21), make_text_encoder(SD21)) for p in part.parameters())
-    # Autocast keeps what it has converted until the backward pass has used it.
-    common = (4 + 2) * params
-    static = {
-        "the published arrangement": common + (4 + 2) * params + 2 * encoders,
-        "latents and text cached": common + (4 + 4) * params,
-        "+ gradients used as they arrive": common + 4 * params + 4 * largest,
-        "+ theta_d in bfloat16": common + 2 * params + 4 * largest,
-        "theta_d in main memory instead": common + 4 * largest,
+    # What stands throughout, theta(m) among it, and the gradients that are there when the backward pass ends.
+    arrangements = {
+        "the published arrangement": ((4 + 2) * params + 2 * encoders, 4 * params),
+        "latents and text cached": ((4 + 4) * params, 4 * params),
+        "+ gradients used as they arrive": ((4 + 4) * params, 4 * largest),
+        "+ theta_d in bfloat16": ((4 + 2) * params, 4 * largest),
+        "theta_d in main memory instead": (4 * params, 4 * largest),
     }
     kept = [2 * SD21.batch * shape.saved_elements for shape in shapes]
-    whole = static["the published arrangement"]
+
+    def peak(standing: int, gradients: int, activations: int) -> float:
+        # As in raygard.cluster.doctor.memory: a backward pass frees activations, and what autocast has made of the
+        # weights, while it makes gradients.
+        forward = activations + 2 * params
+        return standing + max(forward, (forward + gradients) / 2, gradients)
+
     lines = [
         f"activations: {kept[0] / 1e9:.1f} GB, with gradient checkpointing {kept[1] / 1e9:.1f} GB",
         "",
-        "| SD 2.1, 512 px, batch 16, bf16 | without activations | of published | with | checkpointed |",
+        "| SD 2.1, 512 px, batch 16, bf16 | peak | of published | checkpointed | of published |",
         "|---|---:|---:|---:|---:|",
     ]
-    for says, size in static.items():
-        ratios = [(size + each) / (whole + each) for each in (0, *kept)]
-        shares = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-        lines.append(f"| {says} | {size / 1e9:.1f} GB | {shares} |")
+    published = arrangements["the published arrangement"]
+    for says, sizes in arrangements.items():
+        cells = [f"{peak(*sizes, a) / 1e9:.1f} GB | {peak(*sizes, a) / peak(*published, a):.2f}" for a in kept]
+        lines.append(f"| {says} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -400,10 +415,10 @@ def main() -> None:
             return
         learned: dict[str, dict[str, Tensor]] = {}
         document = {**workers.machine(), "device": DEVICE, "batch": SIZES.batch, "rows": []}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         for number in range(args.rounds):
-            for name in args.only:
-                if not possible(CASES[name]):
-                    continue
+            # In this order, because the plain float32 path is what the others are compared with.
+            for name in (each for each in CASES if each in args.only and possible(CASES[each])):
                 found = runner(name)(run_case, folder, name)
                 learned[name] = found.pop("learned")
                 row = {"round": number, "case": name, **found}
@@ -411,8 +426,8 @@ def main() -> None:
                     row |= distance(learned[name], learned["float32"])
                 print(json.dumps(row), flush=True)
                 document["rows"].append(row)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                # Each time, because a machine that is lent for minutes may end it at any.
+                args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(markdown(document["rows"]), count_sd21(), sep="\n\n")
 
 
