@@ -99,7 +99,8 @@ class SegmentOps:
         return values.dtype == torch.float32 and values.device == self.device
 
     def _fetch(self, part: Tensor) -> Tensor:
-        return part.to(self.device, torch.float32, non_blocking=True)
+        # In two steps: in one, torch converts in main memory and sends float32 from a copy that is not pinned.
+        return part.to(self.device, non_blocking=True).float()
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """s_i = sum over my elements of tensor i of left * right: float64 (N,) on the shard's device (Eq 12).
