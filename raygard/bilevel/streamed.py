@@ -1,7 +1,8 @@
 """One process that never holds all gradients: each is used and freed as soon as the backward pass has made it.
 
 The mask needs of a publisher's gradient no more than <g_i, theta_d_i>, and a user step of one tensor no other tensor's
-gradient, unless the norm of all is clipped. So the memory of a step falls by one copy of the model in float32.
+gradient, unless the norm of all is clipped. So the end of a backward pass needs a copy of the model in float32 less;
+its beginning, where activations and what autocast has made of the weights are largest, needs what it did.
 """
 
 from __future__ import annotations
