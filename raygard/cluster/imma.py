@@ -30,6 +30,7 @@ from raygard.cluster.worker import (
     History,
     Notice,
     begin,
+    compile_blocks,
     load_engine,
     prepare,
     report_engine,
@@ -145,6 +146,9 @@ def build_imma(
 ) -> tuple[Checkpointed, TwoSidedAdamW, tuple[Pictures, Pictures | None]]:
     """A DeepSpeed engine around `Immunisation` of `denoiser`, and what else `immunise` takes. Collective."""
     module = Immunisation(denoiser, material.loss, material.seed, settings, material.text)
+    if config.engine.compile and module.inner.release is not None:
+        # torch leaves out of a copy what was compiled.
+        compile_blocks(module.inner.release)
     source = pictures(module, material.illegal, material.retain, material.seed, settings)
     optimizer = module.optimizer(settings)
     about = deepspeed_config(config.engine, settings, settings.max_grad_norm)

@@ -135,16 +135,19 @@ def prepare(denoiser: Any, engine: EngineConfig) -> None:
     if engine.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if engine.compile:
-        # diffusers' compile_repeated_blocks, which knows the blocks of all denoisers here but SD3's.
-        names = denoiser._repeated_blocks or ["JointTransformerBlock"]
-        blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
-        if not blocks:
-            raise RaygardError(
-                f"engine.compile finds no {' or '.join(names)} in this model's denoiser; set it to false"
-            )
-        for block in blocks:
-            block.compile()
+        compile_blocks(denoiser)
     denoiser.train()
+
+
+def compile_blocks(denoiser: Any) -> None:
+    """torch.compile of each repeated block, when it is first called. Raises RaygardError if there is none."""
+    # diffusers' compile_repeated_blocks, which knows the blocks of all denoisers here but SD3's.
+    names = denoiser._repeated_blocks or ["JointTransformerBlock"]
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise RaygardError(f"engine.compile finds no {' or '.join(names)} in this model's denoiser; set it to false")
+    for block in blocks:
+        block.compile()
 
 
 def make_optimizer(

@@ -130,3 +130,22 @@ def test_a_batch_that_ranks_cannot_share_is_refused(root, worker) -> None:
     assert [workers(IMMASettings(train_batch_size=size), engine, []) for size in (1, 3, 6, 8)] == [1, 1, 2, 4]
     with pytest.raises(RaygardError, match="train_batch_size 3 cannot be divided among 2 workers x 1"):
         next(immunise(None, None, None, None, IMMASettings(train_batch_size=3), Place(0, 2)))
+
+
+@pytest.mark.parametrize("case", ["lora-retain", "dreambooth-retain"])
+def test_the_copy_of_the_release_is_compiled_as_well(root, worker, monkeypatch, case: str) -> None:
+    from types import SimpleNamespace
+
+    from raygard.cluster import imma
+    from raygard.cluster.worker import prepare
+
+    monkeypatch.setattr(imma, "initialize", lambda module, *_: SimpleNamespace(module=module))
+    config = worker.configuration(root, "engine.compile=true")
+    unet, material, settings = worker.setting(root, case)
+    prepare(unet, config.engine)
+    module = imma.build_imma(config, unet, material, settings)[0].engine.module
+    compiled = [
+        sum(part._compiled_call_impl is not None for part in model.modules())
+        for model in (module.denoiser, module.inner.release)
+    ]
+    assert compiled[0] == compiled[1] > 0
