@@ -10,9 +10,9 @@ timesteps with the same SGD lower loop and update rule, and its logits and weigh
 float32 path.
 
 On a CPU the denoiser is a UNet of Stable Diffusion's layout with 79 million parameters, with an autoencoder and a text
-encoder smaller in the same proportion, batch 4; memory is resident memory less what libraries take, and time is the
-process's CPU time, which does not count other work of the machine. With a GPU it is SD 2.1 at its own size, 512 pixels,
-batch 16; memory is what torch allocated, and time is wall time.
+encoder smaller in the same proportion, batch 4. Memory is resident memory less what libraries take, in a process that
+returns all it frees; time is the CPU time of another that does not, so that other work of the machine does not count.
+With a GPU it is SD 2.1 at its own size, 512 pixels, batch 16; memory is what torch allocated, and time is wall time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ CASES = {
     "float32": Case("latents and text cached, float32", "plain", bf16=False),
     "published": Case("the published arrangement", "published"),
     "plain": Case("latents and text cached", "plain"),
-    "streamed": Case("+ gradients used as they arrive"),
+    "streamed": Case("+ gradients used as they arrive, weights in halves"),
     "rounded": Case("+ theta_d in bfloat16, rounded at random", optimizer=ROUNDED),
     "host": Case("theta_d in main memory instead", optimizer={"theta_d_on_host": True}, gpu_only=True),
     "channels-last": Case("rounded, channels_last", optimizer=ROUNDED, channels_last=True),
@@ -101,7 +101,7 @@ CASES = {
     "zero2": Case("DeepSpeed ZeRO 2, one worker", "zero2"),
     "zero3": Case("DeepSpeed ZeRO 3, one worker", "zero3"),
     "zero3-offload": Case("DeepSpeed ZeRO 3, all offloaded", "zero3", options=OFFLOAD, gpu_only=True),
-    "alone": Case("forward and backward alone, cached", "alone"),
+    "alone": Case("forward and backward alone, bfloat16 weights", "alone"),
 }
 
 
@@ -211,7 +211,7 @@ def own(case: Case, material: Material) -> tuple[Steps, Callable[[], dict[str, A
     kinds = ([*["user"] * INNER, "publisher"]) * ROUNDS
 
     def learned() -> dict[str, Any]:
-        pieces = optimizer.layout.pieces(optimizer.shards())
+        pieces = optimizer.layout.pieces(optimizer.theta())
         return learned_state(optimizer.logits, [pieces[name][1] for name in optimizer.layout.names])
 
     return ((kind, lambda: next(records)) for kind in kinds), learned
@@ -235,7 +235,10 @@ def build(case: Case, unet: nn.Module, module: DenoiserLoss) -> tuple[BilevelOpt
         )
         return training.optimizer, training.engine
     module.to(DEVICE)
-    module.autocast = torch.bfloat16 if case.bf16 else None
+    if case.engine in ("streamed", "alone"):
+        nn.Module.to(unet, torch.bfloat16)
+    elif case.bf16:
+        module.autocast = torch.bfloat16
     parameters = list(unet.parameters())
     optimizer = factory(parameters)
     layout = ShardLayout.dense({name: p.numel() for name, p in pre.items()})
@@ -295,7 +298,7 @@ def possible(case: Case) -> bool:
 
 def runner(name: str) -> Callable[..., Any]:
     if CASES[name].engine.startswith("zero"):
-        return lambda *arguments: workers.run_world(1, *arguments, on_gpu=ON_GPU)[0]
+        return lambda *arguments, **named: workers.run_world(1, *arguments, on_gpu=ON_GPU, **named)[0]
     return workers.run_alone
 
 
@@ -351,12 +354,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"| {case.says} | {peak:.2f} GiB | {memory:.2f} | {mean(iter(speeds)):.2f} | {user:.2f} s | "
             f"{publisher:.2f} s | {logits} | {weights} |"
         )
-    whole = [cases for cases in rounds.values() if {"alone", "streamed", "plain"} <= cases.keys()]
-    for name in ("plain", "streamed"):
-        for kind in ("user", "publisher"):
-            if whole:
-                share = mean(1 - cases["alone"][f"{kind}_s"] / cases[name][f"{kind}_s"] for cases in whole)
-                lines.append(f"\n{name}: {share:.1%} of the {unit} of a {kind} step is not forward and backward")
+    whole = [cases for cases in rounds.values() if {"alone", "streamed"} <= cases.keys()]
+    for kind in ("user", "publisher"):
+        if whole:
+            share = mean(1 - cases["alone"][f"{kind}_s"] / cases["streamed"][f"{kind}_s"] for cases in whole)
+            lines.append(f"\nstreamed: {share:.1%} of the {unit} of a {kind} step is not forward and backward")
     return "\n".join(lines)
 
 
@@ -368,20 +370,20 @@ def count_sd21() -> str:
     params, largest = shapes[0].num_params, max(shapes[0].sizes)
     with torch.device("meta"):
         encoders = sum(p.numel() for part in (make_vae(SD21), make_text_encoder(SD21)) for p in part.parameters())
-    # What stands throughout, theta(m) among it, and the gradients that are there when the backward pass ends.
+    # What stands throughout, theta(m) among it; what autocast makes of the weights; all gradients that are kept.
     arrangements = {
-        "the published arrangement": ((4 + 2) * params + 2 * encoders, 4 * params),
-        "latents and text cached": ((4 + 4) * params, 4 * params),
-        "+ gradients used as they arrive": ((4 + 4) * params, 4 * largest),
-        "+ theta_d in bfloat16": ((4 + 2) * params, 4 * largest),
-        "theta_d in main memory instead": (4 * params, 4 * largest),
+        "the published arrangement": ((4 + 2) * params + 2 * encoders, 2 * params, 4 * params),
+        "latents and text cached": ((4 + 4) * params, 2 * params, 4 * params),
+        "+ gradients used as they arrive, weights in halves": ((4 + 4) * params, 0, 2 * largest),
+        "+ theta_d in bfloat16": ((4 + 2) * params, 0, 2 * largest),
+        "theta_d in main memory instead": (4 * params, 0, 2 * largest),
     }
     kept = [2 * SD21.batch * shape.saved_elements for shape in shapes]
 
-    def peak(standing: int, gradients: int, activations: int) -> float:
+    def peak(standing: int, cast: int, gradients: int, activations: int) -> float:
         # As in raygard.cluster.doctor.memory: a backward pass frees activations, and what autocast has made of the
         # weights, while it makes gradients.
-        forward = activations + 2 * params
+        forward = activations + cast
         return standing + max(forward, (forward + gradients) / 2, gradients)
 
     lines = [
@@ -420,6 +422,9 @@ def main() -> None:
             # In this order, because the plain float32 path is what the others are compared with.
             for name in (each for each in CASES if each in args.only and possible(CASES[each])):
                 found = runner(name)(run_case, folder, name)
+                if not ON_GPU:
+                    # What shows memory as it is in use makes work on small pieces slow.
+                    found = {**runner(name)(run_case, folder, name, malloc={}), "peak_bytes": found["peak_bytes"]}
                 learned[name] = found.pop("learned")
                 row = {"round": number, "case": name, **found}
                 if "float32" in learned and CASES[name].engine != "alone":

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from raygard.diffusion.conditioning import Conditioning, ConditioningRows
 TEXT_TOKENS = 77
 # One process on two busy cores waits long for the other.
 TIMEOUT = timedelta(minutes=30)
-# glibc keeps freed memory for later; with these it gives it back, and resident memory is what is in use.
+# glibc keeps freed memory for later; with these it gives it back, and resident memory is what is in use. Work on small
+# pieces then takes long, because their pages are fetched anew each time.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CLASSES = ("a", "b")
 
@@ -87,24 +88,26 @@ def steps(training: ShardedTraining, config: RunConfig, data: LatentSet, relearn
     return alternate(training.engine, training.optimizer, lower, None if relearning else upper, schedule)
 
 
-def run_world(world: int, function: Callable[..., Any], *arguments: Any, on_gpu: bool = False) -> list[Any]:
+def run_world(
+    world: int, function: Callable[..., Any], *arguments: Any, on_gpu: bool = False, malloc: Mapping[str, str] = MALLOC
+) -> list[Any]:
     """`function(*arguments)` in `world` new processes that form a group; what each returned, by rank.
 
-    on_gpu: NCCL and a GPU for each; otherwise gloo, and no GPU even where there are some.
+    on_gpu: NCCL and a GPU for each; otherwise gloo, and no GPU even where there are some. malloc: settings of glibc.
     function: of a module that can be imported; it runs after DeepSpeed has been imported. Raises RuntimeError with the
     output of a process that failed (torch.multiprocessing).
     """
-    return _spawn(_rank, world, world, on_gpu, function, arguments)
+    return _spawn(_rank, world, malloc, world, on_gpu, function, arguments)
 
 
-def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_alone(function: Callable[..., Any], *arguments: Any, malloc: Mapping[str, str] = MALLOC) -> Any:
     """`function(*arguments)` in a new process of one thread, without DeepSpeed and a group; what it returned."""
-    return _spawn(_alone, 1, function, arguments)[0]
+    return _spawn(_alone, 1, malloc, function, arguments)[0]
 
 
-def _spawn(start: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
-    before = {name: os.environ.get(name) for name in MALLOC}
-    os.environ.update(MALLOC)
+def _spawn(start: Callable[..., None], count: int, malloc: Mapping[str, str], *arguments: Any) -> list[Any]:
+    before = {name: os.environ.get(name) for name in malloc}
+    os.environ.update(malloc)
     try:
         with tempfile.TemporaryDirectory(prefix="raygard-") as folder:
             torch.multiprocessing.spawn(start, (folder, *arguments), nprocs=count)

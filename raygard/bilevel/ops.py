@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raygard.bilevel.halves import Halves
 from raygard.bilevel.segments import Segment
 
 # From here on one operation for a tensor costs less than a factor for each of its elements.
@@ -22,7 +23,7 @@ LARGE = 1 << 11
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 # What is kept in another form, or in main memory, is brought over in pieces of so many elements; a CPU's stay in its
 # cache.
-PIECE = {"cpu": 1 << 14, "cuda": 1 << 24}
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,16 @@ class SegmentOps:
         }
 
     def add_scaled(
-        self, target: Tensor, source: Tensor, name: str, scale: float = 1.0, rng: torch.Generator | None = None
+        self,
+        target: Tensor | Halves,
+        source: Tensor,
+        name: str,
+        scale: float = 1.0,
+        rng: torch.Generator | None = None,
     ) -> None:
         """target += scale * factor[tensor] * source, elementwise by segment; padding is not touched.
 
-        Either may be bfloat16 or lie in main memory: sums are made in float32 on the shard's device. rng: of that
+        Both may be bfloat16 or lie in main memory: sums are made in float32 on the shard's device. rng: of that
         device, needed where target is bfloat16, which is rounded at random (`round_at_random`).
         """
         whole = self._is_plain(target) and self._is_plain(source)
@@ -89,16 +95,21 @@ class SegmentOps:
                     out.addcmul_(values, factor, value=scale)
                 else:
                     out.add_(values, alpha=scale * factor)
+                if isinstance(kept, Halves):
+                    kept.set(out)
+                    continue
                 if kept.dtype == torch.bfloat16:
                     assert rng is not None
                     out = round_at_random(out, rng)
                 if out is not kept:
                     kept.copy_(out, non_blocking=True)
 
-    def _is_plain(self, values: Tensor) -> bool:
-        return values.dtype == torch.float32 and values.device == self.device
+    def _is_plain(self, values: Tensor | Halves) -> bool:
+        return isinstance(values, Tensor) and values.dtype == torch.float32 and values.device == self.device
 
-    def _fetch(self, part: Tensor) -> Tensor:
+    def _fetch(self, part: Tensor | Halves) -> Tensor:
+        if isinstance(part, Halves):
+            return part.value()
         # In two steps: in one, torch converts in main memory and sends float32 from a copy that is not pinned.
         return part.to(self.device, non_blocking=True).float()
 

@@ -1,8 +1,9 @@
 """One optimizer with two kinds of step: the simulated user's and the publisher's (Algorithm 1).
 
 State on every shard: theta(m) (the parameter itself) and theta_d = theta_pre - theta_ft. Given to DeepSpeed as the
-client optimizer it sees flat float32 shards at every ZeRO stage; alone it sees the model's tensors. Invariant after
-every step of either kind: theta(m) = theta_pre - (1 - m) theta_d.
+client optimizer it sees flat float32 shards at every ZeRO stage; alone it sees the model's tensors, float32 or
+bfloat16. Of bfloat16 ones it keeps the missing bits itself (`halves`), so that theta(m) is float32 always. Invariant
+after every step of either kind: theta(m) = theta_pre - (1 - m) theta_d.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from raygard.bilevel.halves import Halves
 from raygard.bilevel.ops import SegmentOps
 from raygard.bilevel.rules import Rule, RuleState
 from raygard.bilevel.segments import ShardLayout
@@ -118,14 +120,30 @@ class BilevelOptimizer(torch.optim.Optimizer):
                 one = ShardLayout(layout.names, layout.sizes, (segments,), layout.replicated)
                 one.scatter(theta_pre, [theta_d])
                 one.scatter(theta_ft, [relearned])
-                theta = shard.detach().view(-1)
                 for s in segments:
                     part = slice(s.shard_start, s.shard_start + s.length)
-                    theta[part] = theta_d[part]
+                    self._set_theta(shard, theta_d[part], part)
                 kept = self._kept(theta_d.sub_(relearned))
                 ops.set_mask(self._soft)
-                ops.add_scaled(theta, kept, "keep", -1.0)
+                ops.add_scaled(self._theta(shard), kept, "keep", -1.0)
                 self.state[shard].update(theta_d=kept, step=0)
+
+    def _theta(self, shard: Tensor) -> Tensor | Halves:
+        """theta(m) of a shard, flat float32: the shard itself, or what it is with its missing bits."""
+        flat = shard.detach().view(-1)
+        if flat.dtype == torch.float32:
+            return flat
+        if "low" not in self.state[shard]:
+            self.state[shard]["low"] = torch.zeros(flat.numel(), dtype=torch.int16, device=flat.device)
+        return Halves(flat, self.state[shard]["low"])
+
+    def _set_theta(self, shard: Tensor, values: Tensor, part: slice = slice(None)) -> None:
+        """values: flat float32, of this part of the shard."""
+        theta = self._theta(shard)[part]
+        if isinstance(theta, Halves):
+            theta.set(values)
+        else:
+            theta.copy_(values)
 
     def _kept(self, theta_d: Tensor) -> Tensor:
         """theta_d as this optimizer keeps it."""
@@ -183,7 +201,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
             self.last["grad_norm"] = norm
             if norm > self.max_grad_norm:
                 for shard in shards:
-                    _grad(shard).mul_(self.max_grad_norm / norm)
+                    assert shard.grad is not None
+                    shard.grad.mul_(self.max_grad_norm / norm)
 
     def _use(self, shard: Tensor) -> None:
         """A user step of one shard, or its part of the publisher's signal."""
@@ -198,12 +217,12 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
     def _user_step(self, group: dict[str, Any], shard: Tensor) -> None:
         ops, state = self._ops[shard], self.state[shard]
-        theta, theta_d, update = shard.view(-1), state["theta_d"], _grad(shard)
+        theta, theta_d, update = self._theta(shard), state["theta_d"], _grad(shard)
         state["step"] += 1
         if self.user_optimizer == "adamw":
             self._adam_direction(group, state, update)
             if group["weight_decay"]:
-                update.add_(theta, alpha=group["weight_decay"])
+                update.add_(_value(theta), alpha=group["weight_decay"])
                 ops.add_scaled(update, theta_d, "soft", -group["weight_decay"])
         ops.add_scaled(theta_d, update, "keep", group["lr"], self._rounding(shard))
         ops.add_scaled(theta, update, "keep2", -group["lr"])
@@ -237,7 +256,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self.last["signal_norm"] = float(signal.norm())
         for shard, ops in self._ops.items():
             ops.set_mask(self._soft)
-            ops.add_scaled(shard.view(-1), self.state[shard]["theta_d"], "change")
+            ops.add_scaled(self._theta(shard), self.state[shard]["theta_d"], "change")
 
     def _sum_over_ranks(self, values: Tensor) -> None:
         if self._reduce is not None and not self.layout.replicated:
@@ -253,6 +272,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
     def shards(self) -> list[Tensor]:
         return list(self._ops)
 
+    @torch.no_grad()
+    def theta(self) -> list[Tensor]:
+        """theta(m) of every shard, flat float32."""
+        return [_value(self._theta(shard)) for shard in self._ops]
+
     def theta_d_norm(self) -> float:
         """Euclidean norm of theta_d over the whole model. Collective if sharded."""
         square = torch.stack(
@@ -267,7 +291,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """Largest |theta(m) - theta_pre + (1 - m) theta_d| on this rank. Local."""
         worst = 0.0
         for shard, theta_d, segments in zip(self._ops, self.theta_d(), self.layout.shards, strict=True):
-            theta = shard.view(-1)
+            theta = _value(self._theta(shard))
             for s in segments:
                 part = slice(s.shard_start, s.shard_start + s.length)
                 source = theta_pre[self.layout.names[s.tensor]].reshape(-1)[s.tensor_start :][: s.length]
@@ -281,7 +305,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         "theta" and "theta_d" always; "exp_avg" and "exp_avg_sq" once Adam has taken a step.
         """
-        found = {"theta": self.shards(), "theta_d": self.theta_d()}
+        found = {"theta": self.theta(), "theta_d": self.theta_d()}
         for kind in MOMENTS:
             if all(kind in self.state[shard] for shard in self._ops):
                 found[kind] = [self.state[shard][kind] for shard in self._ops]
@@ -299,9 +323,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
         sharded: for each kind one flat tensor for each of the present shards. `bind` must have been called.
         """
         for index, shard in enumerate(self._ops):
-            shard.view(-1).copy_(sharded["theta"][index])
+            low = {key: value for key, value in self.state[shard].items() if key == "low"}
             state: dict[str, Any] = {kind: values[index] for kind, values in sharded.items() if kind != "theta"}
-            self.state[shard] = {**state, "theta_d": self._kept(state["theta_d"]), "step": int(shared["step"])}
+            kept = {"theta_d": self._kept(state["theta_d"]), "step": int(shared["step"])}
+            self.state[shard] = {**state, **low, **kept}
+            self._set_theta(shard, sharded["theta"][index])
         self._take_rule({key.removeprefix("mask."): value for key, value in shared.items() if key.startswith("mask.")})
 
     def _take_rule(self, state: RuleState) -> None:
@@ -319,13 +345,17 @@ class BilevelOptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore shards' states and the mask. `bind` must have been called; theta(m) itself is the caller's."""
+        """Restore shards' states and the mask. `bind` must have been called; theta(m), float32, is the caller's."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "mask"})
         for shard in self._ops:
             self.state[shard]["theta_d"] = self._kept(self.state[shard]["theta_d"])
         self._take_rule(state_dict["mask"])
 
 
+def _value(theta: Tensor | Halves) -> Tensor:
+    return theta.value() if isinstance(theta, Halves) else theta
+
+
 def _grad(shard: Tensor) -> Tensor:
     assert shard.grad is not None
-    return shard.grad.view(-1)
+    return shard.grad.view(-1).float()

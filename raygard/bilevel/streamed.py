@@ -1,8 +1,9 @@
 """One process that never holds all gradients: each is used and freed as soon as the backward pass has made it.
 
 The mask needs of a publisher's gradient no more than <g_i, theta_d_i>, and a user step of one tensor no other tensor's
-gradient, unless the norm of all is clipped. So the end of a backward pass needs a copy of the model in float32 less;
-its beginning, where activations and what autocast has made of the weights are largest, needs what it did.
+gradient, unless the norm of all is clipped. So the end of a backward pass needs a copy of the model in float32 less.
+Its beginning, where activations are largest, needs less only if the denoiser is bfloat16 itself: autocast keeps a copy
+of all weights until then.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from raygard.diffusion.conditioning import Conditioning
 class StreamedEngine:
     """An `alternation.Engine` that steps inside the backward pass.
 
-    optimizer: bound to whole tensors (`ShardLayout.dense`), without clipping. Weights move while the backward pass goes
-    on, each when nothing before it needs it any more, so the result equals that of a step after it bit for bit.
+    optimizer: bound to whole tensors (`ShardLayout.dense`), float32 or bfloat16, without clipping. Weights move while
+    the backward pass goes on, each when nothing before it needs it any more, so the result equals that of a step after
+    it bit for bit.
     """
 
     def __init__(self, module: DenoiserLoss, optimizer: BilevelOptimizer) -> None:

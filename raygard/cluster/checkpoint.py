@@ -1,8 +1,8 @@
 """Checkpoints of relearning and mask learning: by tensor name, checked by hash, for any number of workers.
 
 Every rank writes what its shards hold as safetensors into one folder on shared storage, a file for each kind of state
-so that it never holds all of it twice, and a manifest last. Nothing in them depends on how the state was divided, so any
-number of workers at any ZeRO stage goes on from them: each reads the elements of its own shards. (DeepSpeed's own
+so that it never holds all of it twice, and a manifest last. Nothing in them depends on how the state was divided, so
+any number of workers at any ZeRO stage goes on from them: each reads the elements of its own shards. (DeepSpeed's own
 checkpoints are tied to the world that wrote them.)
 """
 

@@ -125,6 +125,9 @@ def build(
             parameter.copy_(theta_pre[name].float() - (1 - m) * difference)
     if engine_config.stream_gradients:
         module.to(torch.device("cuda", torch.cuda.current_device()) if engine_config.use_gpu else "cpu")
+        if engine_config.mixed_precision == "bf16":
+            # As DeepSpeed does it: all of it, also what diffusers would warn about.
+            nn.Module.to(denoiser, torch.bfloat16)
         set_formats(module, engine_config)
         shards, layout = list[Tensor](parameters.values()), ShardLayout.dense(named_sizes)
         _bind(optimizer, shards, layout, theta_pre, theta_ft, saved)
@@ -179,7 +182,8 @@ def set_formats(module: DenoiserLoss, engine_config: EngineConfig) -> None:
     """Give the module the memory format of pictures, and the dtype it must convert weights to by itself."""
     if engine_config.channels_last:
         module.memory_format = torch.channels_last
-    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
+    autocast = engine_config.zero_stage == 0 and not engine_config.stream_gradients
+    if autocast and engine_config.mixed_precision == "bf16":
         # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
         module.autocast = torch.bfloat16
 

@@ -358,7 +358,7 @@ def _write_result(training: ShardedTraining, out: Path, rank: int, relearning: b
             save_tensors(arrays, out / LOGITS)
         return
     arrays = {}
-    for name, (start, values) in optimizer.layout.pieces(optimizer.shards()).items():
+    for name, (start, values) in optimizer.layout.pieces(optimizer.theta()).items():
         arrays[f"{start}:{name}"] = values.contiguous()
     save_tensors(arrays, out / PARTS / f"rank-{rank:05d}.safetensors")
 

@@ -154,7 +154,7 @@ def sharded(
     return {
         "first_k": first_k,
         "logits": optimizer.logits.clone(),
-        "pieces": optimizer.layout.pieces(optimizer.shards()),
+        "pieces": optimizer.layout.pieces(optimizer.theta()),
         "theta_d": optimizer.layout.pieces(optimizer.theta_d()),
         "state": {
             **{kind: optimizer.layout.pieces(shards) for kind, shards in optimizer.sharded_state().items()},

@@ -11,6 +11,7 @@ from torch import Tensor
 from raygard.bilevel import BilevelOptimizer, ShardLayout, StreamedEngine
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, StepRecord, alternate
 from raygard.bilevel.batches import BatchSource
+from raygard.bilevel.halves import join, split
 from raygard.bilevel.ops import round_at_random
 from raygard.bilevel.rules import RuleSettings, make_rule
 from raygard.cluster.worker import prepare
@@ -34,6 +35,7 @@ class Run:
         checkpointing: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
         clip: float = 0.0,
+        half: bool = False,
         **options: object,
     ) -> None:
         denoiser = load_denoiser(model).train()
@@ -43,6 +45,8 @@ class Run:
         self.pre = {name: p.detach().clone() for name, p in self.parameters.items()}
         rng = torch.Generator().manual_seed(1)
         relearned = {name: p + 1e-2 * torch.randn(p.shape, generator=rng) for name, p in self.pre.items()}
+        if half:
+            torch.nn.Module.to(denoiser, torch.bfloat16)
         rule = make_rule("budget", RuleSettings(len(self.pre), 0.3, 0.2, 0.05, 0.0, None, 0))
         shards = list(self.parameters.values())
         self.optimizer = BilevelOptimizer(
@@ -59,7 +63,7 @@ class Run:
         return list(alternate(self.engine, self.optimizer, *self.sources, schedule, first_k=first))
 
     def theta(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self.parameters.values()])
+        return torch.cat(self.optimizer.theta())
 
 
 @pytest.mark.parametrize("user", ["sgd", "adamw"])
@@ -129,20 +133,65 @@ def test_rounded_theta_d_follows_the_plain_run(tiny_model, user: str) -> None:
     assert torch.corrcoef(both)[0, 1] > 0.99
 
 
-def test_rounded_theta_d_resumes_bit_for_bit(tiny_model) -> None:
-    straight = Run(tiny_model, theta_d_dtype=torch.bfloat16)
+@pytest.mark.parametrize("engine", [PlainEngine, StreamedEngine])
+@pytest.mark.parametrize("how", [{"theta_d_dtype": torch.bfloat16}, {"half": True}], ids=str)
+def test_resumes_bit_for_bit(tiny_model, engine: type, how: dict) -> None:
+    straight = Run(tiny_model, engine, **how)
     straight.go()
-    half = Run(tiny_model, theta_d_dtype=torch.bfloat16)
+    half = Run(tiny_model, engine, **how)
     half.go(2)
     state = {
         kind: [t.detach().float().view(-1) for t in shards] for kind, shards in half.optimizer.sharded_state().items()
     }
-    again = Run(tiny_model, theta_d_dtype=torch.bfloat16)
+    again = Run(tiny_model, engine, **how)
     again.optimizer.restore(state, half.optimizer.shared_state())
     again.go(first=2)
     assert torch.equal(again.theta(), straight.theta())
     for one, other in zip(again.optimizer.theta_d(), straight.optimizer.theta_d(), strict=True):
         assert torch.equal(one, other)
+
+
+class Masters:
+    """Float32 masters beside a bfloat16 denoiser, which is given their nearest values before every step."""
+
+    def __init__(self, half: Run, plain: Run) -> None:
+        self.half, self.plain = half, plain
+
+    def __call__(self, *batch: object) -> Tensor:
+        for working, master in zip(self.half.parameters.values(), self.plain.parameters.values(), strict=True):
+            working.data = split(master.detach())[0].contiguous().view(master.shape)
+        return self.half.engine.module(*batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        for working, master in zip(self.half.parameters.values(), self.plain.parameters.values(), strict=True):
+            master.grad, working.grad = working.grad.float(), None
+        self.plain.optimizer.step()
+
+
+@pytest.mark.parametrize("user", ["sgd", "adamw"])
+def test_a_bfloat16_denoiser_learns_as_with_float32_masters_bit_for_bit(tiny_model, user: str) -> None:
+    half = Run(tiny_model, StreamedEngine, half=True, user=user)
+    plain, working = Run(tiny_model, user=user), Run(tiny_model, half=True, user=user)
+    plain.engine = Masters(working, plain)
+    assert half.go() == plain.go()
+    assert torch.equal(half.theta(), plain.theta())
+    assert torch.equal(half.optimizer.logits, plain.optimizer.logits)
+    assert half.optimizer.invariant_error(half.pre) < 1e-5
+    assert {p.dtype for p in half.parameters.values()} == {torch.bfloat16}
+
+
+def test_halves_hold_every_bit() -> None:
+    rng = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1 << 20,), generator=rng, dtype=torch.int64).to(torch.int32)
+    values = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, 1.0, -1e-45, 1e-39, 3e38])])
+    values = values[values.abs() < 3.3e38]
+    high, low = split(values)
+    assert torch.equal(join(high, low).view(torch.int32), values.view(torch.int32))
+    distance = (high.double() - values.double()).abs()
+    assert (distance <= (values.bfloat16().double() - values.double()).abs()).all(), "the nearest"
 
 
 def test_rounding_at_random_is_right_on_average() -> None:

@@ -109,9 +109,9 @@ def estimate_memory(
     # Autocast keeps what it has made of the weights until the backward pass has been there.
     cast = num_params * BF16 if half else 0
     if placement.streamed and stage not in PLAIN:
-        # A gradient, what Adam's direction or theta_d's rounding needs beside it.
-        one = {"gradients": largest * FP32, "temporaries": 2 * largest * FP32}
-        moments = [{"activations": activations, "weights in bf16": cast, **one}]
+        # A gradient, and in float32 what a step makes of it, of the weights and of theta_d.
+        one = {"gradients": largest * (BF16 if half else FP32), "temporaries": (4 if half else 2) * largest * FP32}
+        moments = [{"activations": activations, **one}]
     elif zero_stage == 0:
         moments = [
             {"activations": activations, "weights in bf16": cast, "gradients": gradients if accumulates else 0},
