@@ -1,4 +1,4 @@
-"""The configurations of SD 2.1 on 2 nodes of 8 GPUs, taken through everything but the GPUs."""
+"""The configurations of SD 2.1, that on 2 nodes of 8 GPUs taken through everything but the GPUs."""
 
 from __future__ import annotations
 
@@ -112,6 +112,15 @@ def test_one_node_is_red_on_resources_with_the_arithmetic(config: RunConfig) -> 
     assert [check.name for check in red] == ["resources", "memory"]
     assert "16 workers x 8 CPU = 128 CPU, but the cluster has 112" in red[0].text
     assert "8 of 8 GPUs have that free, 16 are needed" in red[1].text
+
+
+def test_one_gpu_of_24_gb_holds_mask_learning_and_needs_its_options_for_it() -> None:
+    settings = CONFIGS / "sd21-one-gpu.yaml"
+    shape = "model.pretrained_model_name_or_path=SD2.1-shape"
+    lean = worker_memory(load_config(settings, [shape]))
+    plain = ["engine.stream_gradients=false", "engine.theta_d_dtype=float32", "engine.gradient_checkpointing=false"]
+    assert max(sum(terms.values()) for terms in lean.values()) + CUDA_CONTEXT < 20e9
+    assert sum(worker_memory(load_config(settings, [shape, *plain]))["learn"].values()) > 24e9
 
 
 def test_deepspeed_takes_the_configuration_of_all_workers(config: RunConfig, monkeypatch) -> None:
