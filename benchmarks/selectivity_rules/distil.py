@@ -123,9 +123,11 @@ def legal_user(bench: Bench, cls: str, seed: int, steps: int) -> nn.Module:
 
 
 def captions_of(bench: Bench, cls: str) -> list[str]:
-    """Captions of a legal class: its own, and those of general pictures with its name in the place of theirs."""
-    own = bench.learn.subset(bench.learn.rows(cls))
-    return sorted({*own.captions, *bench.alias(bench.general["rehearsed"], cls).captions})
+    """Captions of a legal class: its own, and those of general pictures that name theirs, with its name instead."""
+    own, general = bench.learn.subset(bench.learn.rows(cls)), bench.general["rehearsed"]
+    pairs = enumerate(zip(general.classes, general.captions, strict=True))
+    named = [row for row, (other, caption) in pairs if other in caption]
+    return sorted({*own.captions, *(bench.alias(general.subset(named), cls).captions if named else ())})
 
 
 def some(captions: Sequence[str], count: int, *key: object) -> list[str]:
