@@ -105,8 +105,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Give the shards their layout and values: theta_d = theta_pre - theta_ft and theta(m) for the initial m.
 
-        shards: this rank's flat float32 tensors, in the layout's order; they are the tensors `step` will find in
-        the parameter group. theta_pre, theta_ft: full tensors by name. Local, no collective.
+        shards: this rank's flat float32 tensors, or a bfloat16 model's own, in the layout's order; they are the tensors
+        `step` will find in the parameter group. theta_pre, theta_ft: full tensors by name. Local, no collective.
         """
         self._layout = layout
         self._soft = self.initial_soft(layout.num_tensors)

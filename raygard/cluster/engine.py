@@ -128,7 +128,8 @@ def build(
         if engine_config.mixed_precision == "bf16":
             # As DeepSpeed does it: all of it, also what diffusers would warn about.
             nn.Module.to(denoiser, torch.bfloat16)
-        set_formats(module, engine_config)
+        if engine_config.channels_last:
+            module.memory_format = torch.channels_last
         shards, layout = list[Tensor](parameters.values()), ShardLayout.dense(named_sizes)
         _bind(optimizer, shards, layout, theta_pre, theta_ft, saved)
         return ShardedTraining(StreamedEngine(module, optimizer), optimizer, theta_pre)
@@ -171,21 +172,15 @@ def initialize(
     # ZeRO-3 puts its own in the place of this for as long as the process lives; with it gradients round otherwise, and
     # what an engine of another stage computes would depend on whether one of ZeRO-3 came before.
     torch.nn.functional.linear = PLAIN_LINEAR
-    set_formats(module, engine_config)
+    if engine_config.channels_last:
+        module.memory_format = torch.channels_last
+    if engine_config.zero_stage == 0 and engine_config.mixed_precision == "bf16":
+        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
+        module.autocast = torch.bfloat16
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, lr_scheduler=lr_scheduler, dist_init_required=False
     )
     return engine
-
-
-def set_formats(module: DenoiserLoss, engine_config: EngineConfig) -> None:
-    """Give the module the memory format of pictures, and the dtype it must convert weights to by itself."""
-    if engine_config.channels_last:
-        module.memory_format = torch.channels_last
-    autocast = engine_config.zero_stage == 0 and not engine_config.stream_gradients
-    if autocast and engine_config.mixed_precision == "bf16":
-        # Without ZeRO, DeepSpeed's bf16 optimizer takes no client optimizer; autocast keeps float32 weights.
-        module.autocast = torch.bfloat16
 
 
 def _find_shards(

@@ -29,11 +29,14 @@ def test_streamed_gradients_give_the_mask_of_plain_ones(setting, tmp_path) -> No
     from raygard.cluster.training import learn
 
     options = ("engine.num_workers=1", "engine.zero_stage=0", "bilevel.max_grad_norm=0")
-    found = []
-    for more in ([], ["engine.stream_gradients=true", "engine.theta_d_device=cpu", "engine.checkpointing_steps=7"]):
-        config = setting.config(*options, *more)
-        found.append(learn(config, setting.cache, setting.relearned, 0, tmp_path / str(len(more)))[0])
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+    streamed = ("engine.stream_gradients=true", "engine.checkpointing_steps=7")
+    cases = [(), (*streamed, "engine.theta_d_device=cpu"), (*streamed, "engine.mixed_precision=bf16")]
+    plain, same, half = (
+        learn(setting.config(*options, *more), setting.cache, setting.relearned, 0, tmp_path / str(number))[0]
+        for number, more in enumerate(cases)
+    )
+    torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
+    assert torch.corrcoef(torch.stack([half, plain]))[0, 1] > 0.9
 
 
 def test_history_is_the_mean_over_workers(setting, undisturbed) -> None:

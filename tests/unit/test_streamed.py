@@ -14,6 +14,7 @@ from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.halves import join, split
 from raygard.bilevel.ops import round_at_random
 from raygard.bilevel.rules import RuleSettings, make_rule
+from raygard.cluster.engine import initialize
 from raygard.cluster.worker import prepare
 from raygard.config import EngineConfig, ModelConfig
 from raygard.diffusion.model import load_denoiser, load_loss
@@ -227,3 +228,13 @@ def test_compiled_blocks_follow_the_plain_run(tiny_model, tmp_path, monkeypatch)
     compiled.go(1)
     torch.testing.assert_close(compiled.theta(), plain.theta(), rtol=0, atol=1e-4)
     torch.testing.assert_close(compiled.optimizer.logits, plain.optimizer.logits, rtol=0, atol=1e-4)
+
+
+def test_stages_that_stream_nothing_keep_their_precision(tiny_model, monkeypatch) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "initialize", lambda **named: (named["model"],))
+    module = DenoiserLoss(load_denoiser(tiny_model), load_loss(tiny_model))
+    engine = EngineConfig(zero_stage=0, stream_gradients=True, mixed_precision="bf16", channels_last=True)
+    initialize(module, torch.optim.SGD(module.parameters(), 1.0), engine, {})
+    assert (module.autocast, module.memory_format) == (torch.bfloat16, torch.channels_last)
