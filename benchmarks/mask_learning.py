@@ -52,9 +52,10 @@ from benchmarks.learning_models import (
 )
 from benchmarks.published_arrangement import PublishedArrangement
 from benchmarks.resident import reset_peak, resident
-from raygard.bilevel import BilevelOptimizer, ShardLayout, StreamedEngine
+from raygard.bilevel import BilevelOptimizer, ShardLayout
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, alternate
 from raygard.bilevel.rules import Rule, RuleSettings, make_rule
+from raygard.bilevel.streamed import StreamedEngine
 from raygard.config import BilevelConfig, EngineConfig
 from raygard.diffusion.shape import measure_denoiser
 

@@ -2,6 +2,5 @@
 
 from raygard.bilevel.optimizer import BilevelOptimizer
 from raygard.bilevel.segments import Segment, ShardLayout
-from raygard.bilevel.streamed import StreamedEngine
 
-__all__ = ["BilevelOptimizer", "Segment", "ShardLayout", "StreamedEngine"]
+__all__ = ["BilevelOptimizer", "Segment", "ShardLayout"]

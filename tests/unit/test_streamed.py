@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygard.bilevel import BilevelOptimizer, ShardLayout, StreamedEngine
+from raygard.bilevel import BilevelOptimizer, ShardLayout
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, Schedule, StepRecord, alternate
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.halves import join, split
 from raygard.bilevel.ops import round_at_random
 from raygard.bilevel.rules import RuleSettings, make_rule
+from raygard.bilevel.streamed import StreamedEngine
 from raygard.cluster.engine import initialize
 from raygard.cluster.worker import prepare
 from raygard.config import EngineConfig, ModelConfig
