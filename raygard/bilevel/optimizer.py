@@ -164,7 +164,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if len(shards) != len(self._ops):
             raise ValueError(f"{len(shards)} shards have gradients, {len(self._ops)} were bound")
         for shard in shards:
-            self._ops[shard].zero_padding(_grad(shard))
+            self._zero_padding(shard)
         if self.kind == "user":
             self._clip(shards)
         for shard in shards:
@@ -179,7 +179,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         For gradients that are used as they arrive: when all shards were consumed, `finish` ends the step. A gradient
         must be whole, and nothing may need theta(m) of this shard any more; there is no clipping.
         """
-        self._ops[shard].zero_padding(_grad(shard))
+        self._zero_padding(shard)
         self._use(shard)
         shard.grad = None
         self._consumed += 1
@@ -192,6 +192,10 @@ class BilevelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{consumed} shards have had gradients, {len(self._ops)} were bound")
         if self.kind == "publisher":
             self._update_mask()
+
+    def _zero_padding(self, shard: Tensor) -> None:
+        assert shard.grad is not None
+        self._ops[shard].zero_padding(shard.grad.view(-1))
 
     def _clip(self, shards: Sequence[Tensor]) -> None:
         if self.max_grad_norm > 0:
