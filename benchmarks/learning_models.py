@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import UNET
+from benchmarks.workers import TEXT_TOKENS
 from raygard.bilevel.batches import BatchSource
 from raygard.config import ModelConfig
 from raygard.diffusion.cache import LatentSet, encode_pixels
@@ -22,7 +23,6 @@ from raygard.diffusion.shape import KNOWN, family_of_shape, make_denoiser
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 ROWS = 8
-TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)

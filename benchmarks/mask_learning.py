@@ -337,28 +337,25 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
 
-    def mean(values: Iterator[float]) -> float:
-        return statistics.mean(values)
-
     for name, case in CASES.items():
         own = [cases for cases in rounds.values() if name in cases and case.against in cases]
         if not own:
             continue
-        peak = mean(cases[name]["peak_bytes"] / 2**30 for cases in own)
-        memory = mean(cases[name]["peak_bytes"] / cases[case.against]["peak_bytes"] for cases in own)
+        peak = statistics.mean(cases[name]["peak_bytes"] / 2**30 for cases in own)
+        memory = statistics.mean(cases[name]["peak_bytes"] / cases[case.against]["peak_bytes"] for cases in own)
         speeds = [pictures_per_second(cases[name]) / pictures_per_second(cases[case.against]) for cases in own]
-        user, publisher = (mean(cases[name][f"{kind}_s"] for cases in own) for kind in ("user", "publisher"))
+        user, publisher = (statistics.mean(cases[name][f"{kind}_s"] for cases in own) for kind in ("user", "publisher"))
         known = [cases[name] for cases in own if "weights_apart" in cases[name]]
         logits = f"{min(row['logits_correlation'] for row in known):.3f}" if known else ""
         weights = f"{max(row['weights_apart'] for row in known):.1e}" if known else ""
         lines.append(
-            f"| {case.says} | {peak:.2f} GiB | {memory:.2f} | {mean(iter(speeds)):.2f} | {user:.2f} s | "
+            f"| {case.says} | {peak:.2f} GiB | {memory:.2f} | {statistics.mean(speeds):.2f} | {user:.2f} s | "
             f"{publisher:.2f} s | {logits} | {weights} |"
         )
     whole = [cases for cases in rounds.values() if {"alone", "streamed"} <= cases.keys()]
     for kind in ("user", "publisher"):
         if whole:
-            share = mean(1 - cases["alone"][f"{kind}_s"] / cases["streamed"][f"{kind}_s"] for cases in whole)
+            share = statistics.mean(1 - cases["alone"][f"{kind}_s"] / cases["streamed"][f"{kind}_s"] for cases in whole)
             lines.append(f"\nstreamed: {share:.1%} of the {unit} of a {kind} step is not forward and backward")
     return "\n".join(lines)
 
@@ -403,7 +400,7 @@ def count_sd21() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[name for name in CASES])
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="print the table of --out; measure nothing")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="trace one step of each kind instead")
@@ -422,10 +419,7 @@ def main() -> None:
         for number in range(args.rounds):
             # In this order, because the plain float32 path is what the others are compared with.
             for name in (each for each in CASES if each in args.only and possible(CASES[each])):
-                found = runner(name)(run_case, folder, name)
-                if not ON_GPU:
-                    # What shows memory as it is in use makes work on small pieces slow.
-                    found = {**runner(name)(run_case, folder, name, malloc={}), "peak_bytes": found["peak_bytes"]}
+                found = workers.measured(runner(name), run_case, folder, name)
                 learned[name] = found.pop("learned")
                 row = {"round": number, "case": name, **found}
                 if "float32" in learned and CASES[name].engine != "alone":

@@ -308,12 +308,8 @@ def run(own: Sequence[dict[str, Any]], rounds: int) -> dict[str, Any]:
         model, tiny = (workers.make_model(Path(root, name), **shape) for name, shape in (("m", unet), ("t", TINY)))
         for seed in range(rounds):
             for case in own:
-                measured = workers.run_alone(fine_tune, model, tiny, seed, *case.values())
-                if not torch.cuda.is_available():
-                    # What shows memory as it is in use makes large temporaries slow.
-                    timed = workers.run_alone(fine_tune, model, tiny, seed, *case.values(), malloc={})
-                    measured = {**timed, "peak_bytes": measured["peak_bytes"]}
-                rows.append({**case, "seed": seed, **measured})
+                found = workers.measured(workers.run_alone, fine_tune, model, tiny, seed, *case.values())
+                rows.append({**case, "seed": seed, **found})
                 print(json.dumps(rows[-1]), flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # One kernel or several take the same memory and operations.

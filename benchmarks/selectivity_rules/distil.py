@@ -10,7 +10,6 @@ nothing, and a freeze of nearly everything blocks the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.selectivity_bench import Bench
 from benchmarks.selectivity_rules.freeze import largest_names
-from benchmarks.selectivity_rules.teach import share
+from benchmarks.selectivity_rules.teach import ValuesTraining
 from benchmarks.selectivity_rules.weights import release_curves
 from raygard.adaptation import full
 from raygard.diffusion.conditioning import Conditioning
@@ -29,7 +28,10 @@ from raygard.diffusion.loss import DiffusionLoss
 from raygard.diffusion.model import load_denoiser, load_pipeline
 from raygard.mask import FreezeMask
 from raygard.seeding import generator
-from raygard.values.objective import GENERAL
+from raygard.values.objective import GENERAL, noise_bins
+
+# Levels of noise; sampling passes through one state of each.
+NUM_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,7 @@ def distil(bench: Bench, frozen: Sequence[str], seed: int, settings: DistilSetti
     s, guidance = settings, bench.config.generation.guidance_scale
     base: nn.Module = load_denoiser(bench.config.model).requires_grad_(False)
     student: nn.Module = load_denoiser(bench.config.model)
-    values = {name: nn.Parameter(bench.base[name].clone()) for name in frozen}
-    held = list(values.values())
-    share(student, values)
+    training = ValuesTraining(bench, student, frozen, s.lr, s.rounds * s.steps)
     legal = bench.config.domain.legal
     teachers = {cls: legal_user(bench, cls, seed, s.user_steps) for cls in legal}
 
@@ -177,11 +177,6 @@ def distil(bench: Bench, frozen: Sequence[str], seed: int, settings: DistilSetti
     keep = Pool.joined([stays(), *(without for _, without in lessons)])
     change_scale = by_noise(bench, change.states, (change.wanted - answers(bench, base, change.states)).square())
     keep_scale = release_curves(bench)[GENERAL].reshape(NUM_BINS, -1).mean(1)
-    optimizer = torch.optim.AdamW(held, lr=s.lr, weight_decay=0.0)
-    total = s.rounds * s.steps
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / total))
-    )
     rng = generator(seed, "distil order")
     for round_ in range(s.rounds):
         if round_ > 0:
@@ -193,27 +188,16 @@ def distil(bench: Bench, frozen: Sequence[str], seed: int, settings: DistilSetti
             rows = [torch.randint(len(p.states), (n,), generator=rng) for p, n in ((change, s.legal), (keep, s.other))]
             batch = Pool.joined([Pool(p.states[r], p.wanted[r]) for p, r in zip((change, keep), rows, strict=True)])
             error = (ask(bench, student, batch.states) - batch.wanted).square().mean((1, 2, 3))
-            bins = noise_bin(bench, batch.states.timesteps)
+            bins = noise_bins(batch.states.timesteps, bench.loss.num_timesteps, NUM_BINS)
             relative = error / torch.cat([change_scale[bins[: s.legal]], keep_scale[bins[s.legal :]]])
-            loss = relative[: s.legal].mean() + s.keep * relative[s.legal :].mean()
-            for value, gradient in zip(held, torch.autograd.grad(loss, held), strict=True):
-                value.grad = gradient
-            torch.nn.utils.clip_grad_norm_(held, 1.0)
-            optimizer.step()
-            decay.step()
-    return {name: value.detach().clone() for name, value in values.items()}
-
-
-NUM_BINS = 10
-
-
-def noise_bin(bench: Bench, timesteps: Tensor) -> Tensor:
-    return (timesteps * NUM_BINS // bench.loss.num_timesteps).clamp(max=NUM_BINS - 1)
+            training.step(relative[: s.legal].mean() + s.keep * relative[s.legal :].mean())
+    return training.learned()
 
 
 def by_noise(bench: Bench, states: States, square: Tensor) -> Tensor:
     """Mean by noise level, (NUM_BINS,). square: (n, C, h, w)."""
-    bins, each = noise_bin(bench, states.timesteps), square.mean((1, 2, 3))
+    bins = noise_bins(states.timesteps, bench.loss.num_timesteps, NUM_BINS)
+    each = square.mean((1, 2, 3))
     return torch.stack([each[bins == number].mean() for number in range(NUM_BINS)])
 
 

@@ -53,13 +53,8 @@ class TeachSettings:
 
 def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSettings) -> dict[str, Tensor]:
     """New values of the tensors `frozen`, float32 by name."""
-    values = {name: nn.Parameter(bench.base[name].clone()) for name in frozen}
-    release, held = load_denoiser(bench.config.model), list(values.values())
-    share(release, values)
-    optimizer = torch.optim.AdamW(held, lr=settings.lr, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / settings.steps))
-    )
+    release = load_denoiser(bench.config.model)
+    training = ValuesTraining(bench, release, frozen, settings.lr, settings.steps)
     size, domain = settings.batch, bench.config.domain
     curves = release_curves(bench) if settings.relative else torch.ones(len(ROLES), NUM_BINS)
     weights = settings.legal, settings.general, settings.poison
@@ -81,12 +76,35 @@ def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: TeachSetting
         latents, conditioning, noise, timesteps = (joined(found) for found in zip(*map(next, sources), strict=True))
         errors = bench.loss.per_sample(release, latents, conditioning, noise, timesteps)
         total, _ = objective(errors, roles[: len(errors)], timesteps)
-        for value, gradient in zip(held, torch.autograd.grad(total, held), strict=True):
+        training.step(total)
+    return training.learned()
+
+
+class ValuesTraining:
+    """New values of the tensors `frozen` of a release: AdamW, 20 steps of warm-up, cosine decay, clipped to norm 1.
+
+    unet: the release; from here on its tensors of these names are what is trained.
+    """
+
+    def __init__(self, bench: Bench, unet: nn.Module, frozen: Sequence[str], lr: float, steps: int) -> None:
+        self._values = {name: nn.Parameter(bench.base[name].clone()) for name in frozen}
+        self._held = list(self._values.values())
+        share(unet, self._values)
+        self._optimizer = torch.optim.AdamW(self._held, lr=lr, weight_decay=0.0)
+        self._decay = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda n: min(1, (n + 1) / 20) * 0.5 * (1 + math.cos(math.pi * n / steps))
+        )
+
+    def step(self, loss: Tensor) -> None:
+        for value, gradient in zip(self._held, torch.autograd.grad(loss, self._held), strict=True):
             value.grad = gradient
-        torch.nn.utils.clip_grad_norm_(held, 1.0)
-        optimizer.step()
-        decay.step()
-    return {name: value.detach().clone() for name, value in values.items()}
+        torch.nn.utils.clip_grad_norm_(self._held, 1.0)
+        self._optimizer.step()
+        self._decay.step()
+
+    def learned(self) -> dict[str, Tensor]:
+        """Float32 by name."""
+        return {name: value.detach().clone() for name, value in self._values.items()}
 
 
 def share(unet: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
