@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from raygard.adaptation import check_optimizer, get_adaptation
+from raygard.adaptation import check_adaptation
 from raygard.baselines import DEFENCES, DRAWN
 from raygard.compare.matrix import Matrix, Scale, to_csv
 from raygard.compare.plan import Cell, Defence, Variant, classes, edit_settings, parse_defences, plan_cells, variants
@@ -83,8 +83,7 @@ class CompareFlow:
         self.defences = parse_defences(config.compare.defences, self.edits, DEFENCES, own_ratio)
         self.variants = variants(config)
         for variant in self.variants:
-            get_adaptation(variant.config.method).check_family(config.model)
-            check_optimizer(variant.config)
+            check_adaptation(variant.config, config.model)
         for defence in self.defences:
             if defence.edit:
                 method, settings = self.edits[defence.edit]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from raygard.adaptation import check_optimizer, get_adaptation
+from raygard.adaptation import check_adaptation
 from raygard.config import SCHEDULING, RunConfig, config_hash, flatten, public
 from raygard.defences import (
     CONTROLS,
@@ -29,7 +29,7 @@ from raygard.defences import (
     with_values,
 )
 from raygard.diffusion.cache import build_cache
-from raygard.diffusion.model import model_family, model_fingerprint, with_resolution
+from raygard.diffusion.model import check_memory_format, model_family, model_fingerprint, with_resolution
 from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
@@ -73,16 +73,12 @@ class Flow:
         self.progress = progress or Progress(quiet=True)
         self.upstream = upstream
         if upstream is None:
-            get_adaptation(config.adapt.method).check_family(config.model)
-            check_optimizer(config.adapt)
+            check_adaptation(config.adapt, config.model)
             check_evaluation(config.evaluation.scorer)
             get_scorer(config.evaluation.scorer)
         self.domain: Domain = load_domain(config.domain)
-        family = model_family(config.model)
-        if config.engine.channels_last and family.flow_matching:
-            # Their transformers turn latents into tokens before anything else.
-            raise RaygardError(f"engine.channels_last has no effect on {family.name}; remove it")
-        self.model_hash = model_fingerprint(config.model, family.denoiser)
+        check_memory_format(config.engine, config.model)
+        self.model_hash = model_fingerprint(config.model, model_family(config.model).denoiser)
         RunDirectory.check(out, config)
         connect()
         self.dir = RunDirectory(out, config)

@@ -12,6 +12,7 @@ from raygard.adaptation.prompts import Release, learned, learned_captions
 from raygard.adaptation.task import Adaptation
 from raygard.adaptation.tokens import custom_diffusion, teach, textual_inversion
 from raygard.adaptation.training import AdaptResult, check_optimizer
+from raygard.config import AdaptConfig, ModelConfig
 from raygard.errors import RaygardError, nearest
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Adaptation",
     "Release",
     "attention",
+    "check_adaptation",
     "check_optimizer",
     "custom_diffusion",
     "dreambooth",
@@ -48,6 +50,12 @@ def get_adaptation(name: str) -> Adaptation:
     if name not in ADAPTATIONS:
         raise RaygardError(f"unknown adaptation '{name}' (adapt.method){nearest(name, ADAPTATIONS)}")
     return ADAPTATIONS[name]
+
+
+def check_adaptation(config: AdaptConfig, model: ModelConfig) -> None:
+    """Raise RaygardError for an adaptation that a model of this family or this installation cannot have."""
+    get_adaptation(config.method).check_family(model)
+    check_optimizer(config)
 
 
 register("full", full)

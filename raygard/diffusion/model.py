@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raygard.config import DomainConfig, ModelConfig
+from raygard.config import DomainConfig, EngineConfig, ModelConfig
 from raygard.diffusion.families import Family, LossSettings, StableDiffusion, family_of_pipeline
 from raygard.errors import RaygardError, nearest
 from raygard.files import named_inside, sha256_file
@@ -65,6 +65,14 @@ def model_folder(config: ModelConfig) -> Path:
 def model_family(config: ModelConfig) -> Family:
     """The family of a model, from its model_index.json. Raises RaygardError as `model_folder`."""
     return _open(config)[1]
+
+
+def check_memory_format(engine: EngineConfig, config: ModelConfig) -> None:
+    """Raise RaygardError if `engine.channels_last` is asked for a denoiser in which it has no effect."""
+    family = model_family(config)
+    if engine.channels_last and family.flow_matching:
+        # Their transformers turn latents into tokens before anything else.
+        raise RaygardError(f"engine.channels_last has no effect on {family.name}; remove it")
 
 
 def _open(config: ModelConfig) -> tuple[Path, Family, dict[str, Any]]:
