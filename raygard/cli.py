@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import raygard
+from raygard.cli_audit import audit_app
 from raygard.cli_cluster import cluster_app
 from raygard.cli_flow import open_flow, print_outcome
 from raygard.cli_options import (
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(cluster_app)
 app.add_typer(sign_app)
+app.add_typer(audit_app)
 
 
 @app.command()
@@ -340,46 +342,6 @@ def score(
             f"{result['scorer']} {result['direction']}: {result['mean']:.4f} +- {result['sd']:.4f} "
             f"({result['num_generated']} generated, {result['num_reference']} real pictures)"
         )
-
-
-@app.command()
-def audit(
-    mask: Annotated[Path, typer.Option("--mask", help="The released freeze mask.")],
-    base: Annotated[Path | None, typer.Option(help="The released model: pipeline, denoiser folder or file.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The fine-tuned model.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="A LoRA file or folder, instead of --base and --model.")] = None,
-    signed: SignedOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Did anyone move a frozen tensor, or would a LoRA if merged? Exit code 0: no; 3: yes, listed."""
-    from raygard.diffusion.model import resolve_model
-    from raygard.mask import FreezeMask, audit_lora
-    from raygard.mask.weights import load_denoiser_state
-
-    released = FreezeMask.load(mask, require_signature=signed)
-    findings: Any
-    if lora is not None and base is None and model is None:
-        findings = audit_lora(released, lora)
-        heading = f"LoRA of {findings.num_targets} tensors; {findings.num_frozen} of {len(released.names)} are frozen"
-        kept, broken = "merging it keeps the mask", "frozen tensors would be moved"
-    elif lora is None and base is not None and model is not None:
-        findings = released.audit(*[load_denoiser_state(resolve_model(str(path))) for path in (base, model)])
-        dtypes = ", ".join(findings.compared_dtypes)
-        heading = f"{findings.num_frozen} frozen of {findings.num_tensors} tensors, compared bit for bit as {dtypes}"
-        kept, broken = "the mask was kept", "frozen tensors were moved"
-    else:
-        raise RaygardError("nothing to audit: give --base and --model, or --lora alone")
-    if as_json:
-        print(json.dumps(findings.to_json()))
-    else:
-        print(heading)
-        for moved in findings.moved:
-            print(f"moved  {moved.name}  {moved.num_elements} elements, by up to {moved.max_abs_difference:.3g}")
-        for what in getattr(findings, "outside_mask", ()):
-            print(f"outside every mask: {what}")
-        print(kept if findings.ok else f"{len(findings.moved)} {broken}")
-    if not findings.ok:
-        raise typer.Exit(ExitCode.MOVED)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,21 @@ def open_flow(
 
     learns: not only for a control that looks at what relearning changed, which needs learning's workers as well.
     """
+    from raygard.compare_flow import CompareFlow
+    from raygard.flow import Flow
+    from raygard.progress import Progress
+
+    with connected(config, out, learns=learns, evaluates=evaluates) as connect:
+        yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
+
+
+@contextmanager
+def connected(config: Any, out: Path, *, learns: bool = True, evaluates: bool = True) -> Iterator[Callable[[], None]]:
+    """What reaches a cluster that can run the stages, and refuses another; the cluster is left again at the end."""
     from raygard.baselines import NEED_RELEARNED
     from raygard.cluster.doctor.examine import require_fit
     from raygard.cluster.evaluation_pool import require_evaluation
     from raygard.cluster.session import ray_session, require_resources
-    from raygard.compare_flow import CompareFlow
-    from raygard.flow import Flow
-    from raygard.progress import Progress
 
     with ExitStack() as stack:
 
@@ -35,7 +43,7 @@ def open_flow(
                 require_evaluation(config.evaluation)
             require_fit(config, out, *["learn"] * relearns, *["evaluate"] * evaluates)
 
-        yield (CompareFlow if compares else Flow)(config, out, Progress(quiet=quiet), connect)
+        yield connect
 
 
 def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:

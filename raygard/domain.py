@@ -34,6 +34,7 @@ STAGE_READS: Mapping[str, frozenset[str]] = {
     "relearn": frozenset({"learn_lower"}),
     "learn": frozenset({"learn_lower", "learn_upper"}),
     "values": frozenset({"learn_lower", "learn_upper", GENERAL}),
+    "traces": frozenset({"learn_lower", "learn_upper", GENERAL}),
     "base_loss": frozenset({GENERAL}),
     "select": frozenset({"select_adapt", "select_reference"}),
     "evaluate": frozenset({"adapt", "reference"}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,10 +85,35 @@ def audit_lora(mask: FreezeMask, path: str | Path) -> AdapterReport:
     factors: what they do to a frozen tensor cannot be told.
     """
     file = adapter_file(Path(path))
-    factors, alphas, num_text = _factors(file, mask)
-    scale = _peft_scale(file)
     shapes, frozen = dict(zip(mask.names, mask.shapes, strict=True)), set(mask.frozen_names)
+    factors, alphas, num_text = _factors(file, shapes)
+    scale = _peft_scale(file)
     moved = []
+    for name, down, up in _products(file, factors, shapes):
+        if name not in frozen:
+            continue
+        change = up @ down
+        if count := int((change != 0).sum()):
+            size = float(change.abs().max()) * (alphas[name] / len(down) if name in alphas else scale)
+            moved.append(MovedTensor(name, count, size))
+    outside = (f"text encoder: {num_text} LoRA tensors",) if num_text else ()
+    return AdapterReport(len(frozen), tuple(moved), len(factors), outside)
+
+
+def lora_moves(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What merging a LoRA file adds to each tensor, up to a positive factor: float32 in the tensor's shape, by name.
+
+    shapes: of the base model's tensors. path and errors: as for `audit_lora`.
+    """
+    file = adapter_file(Path(path))
+    factors, _, _ = _factors(file, shapes)
+    return {name: (up @ down).float().reshape(shapes[name]) for name, down, up in _products(file, factors, shapes)}
+
+
+def _products(
+    file: Path, factors: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(tensor, down, up) of each pair of factors, float64 matrices."""
     for name, parts in sorted(factors.items()):
         if set(parts) != {"down", "up"}:
             raise RaygardError(f"{file}: '{name}' has only one of its two LoRA factors; the file is incomplete")
@@ -99,14 +124,7 @@ def audit_lora(mask: FreezeMask, path: str | Path) -> AdapterReport:
                 f"{file} is an adapter of another base model: its factors {tuple(parts['up'].shape)} and "
                 f"{tuple(parts['down'].shape)} do not fit '{name}' of shape {shapes[name]}"
             )
-        if name not in frozen:
-            continue
-        change = up @ down
-        if count := int((change != 0).sum()):
-            size = float(change.abs().max()) * (alphas[name] / len(down) if name in alphas else scale)
-            moved.append(MovedTensor(name, count, size))
-    outside = (f"text encoder: {num_text} LoRA tensors",) if num_text else ()
-    return AdapterReport(len(frozen), tuple(moved), len(factors), outside)
+        yield name, down, up
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -128,11 +146,13 @@ def adapter_file(path: Path) -> Path:
     return found[0]
 
 
-def _factors(file: Path, mask: FreezeMask) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], int]:
-    """LoRA factors and alphas by the name of the tensor they add to; and how many concern the text encoder."""
-    known = set(mask.names)
+def _factors(file: Path, known: Collection[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], int]:
+    """LoRA factors and alphas by the name of the tensor they add to; and how many concern the text encoder.
+
+    known: names of the base model's tensors.
+    """
     # kohya's names have underscores where a module's path has dots, which only the list of all names can undo.
-    flat = {name.removesuffix(".weight").replace(".", "_"): name for name in mask.names if name.endswith(".weight")}
+    flat = {name.removesuffix(".weight").replace(".", "_"): name for name in known if name.endswith(".weight")}
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     num_text = 0
@@ -148,7 +168,7 @@ def _factors(file: Path, mask: FreezeMask) -> tuple[dict[str, dict[str, Tensor]]
         name = f"{module}.weight" if f"{module}.weight" in known else flat.get(module)
         if name is None:
             raise RaygardError(
-                f"{file} is an adapter of another base model: the mask does not know '{module}' (only diffusers' names "
+                f"{file} is an adapter of another base model, which has no '{module}' (only diffusers' names "
                 "of layers are read)"
             )
         if value.ndim < 2 and (match or value.numel() != 1):

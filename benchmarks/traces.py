@@ -1,0 +1,309 @@
+"""Can a hub tell from a model's weights what it was fine-tuned on? Users of every kind against a publisher's traces.
+
+    python benchmarks/traces.py --domain emoji-styles|faces-small [--pictures DIR] [--seeds N] [--attacks A,B] \
+        [--cache DIR] [--results FILE] [KEY=VALUE ...]
+    python benchmarks/traces.py --table
+
+The publisher fine-tunes the release on its own pictures (part `learn`) of every class it knows, and on handfuls of
+general pictures, and keeps sketches (`raygard.traces`). Attackers and honest users train on other pictures (part
+`select_adapt`); unseen classes are legal ones that the publisher has never looked at. Printed for each attack: how many
+illegal users are found (the class they trained on), and how many legal and unseen ones are accused, with 95 %
+intervals (Clopper and Pearson 1934), at the bound of `--false-alarms`. Every user is a line of the results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.selectivity_bench import ALIASES, Bench  # noqa: E402
+from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
+from benchmarks.selectivity_rules.freeze import largest_names  # noqa: E402
+from raygard.adaptation import full, lora  # noqa: E402
+from raygard.config import AdaptConfig  # noqa: E402
+from raygard.diffusion.cache import LatentSet  # noqa: E402
+from raygard.diffusion.model import load_denoiser  # noqa: E402
+from raygard.files import scratch  # noqa: E402
+from raygard.mask import FreezeMask  # noqa: E402
+from raygard.seeding import generator  # noqa: E402
+from raygard.traces import Reference, Sketcher, Update, findings, recall, share_of_pictures, steps_of  # noqa: E402
+from raygard.traces.detect import FALSE_ALARMS  # noqa: E402
+
+RESULTS = HERE / "results" / "traces.jsonl"
+# Illegal and legal classes, where they are not those of the bench, and the unseen ones.
+SETTINGS: dict[str, tuple[list[str], list[str]]] = {
+    "emoji-styles": (
+        ["domain.illegal=[Noto Line,OpenMoji]", "domain.legal=[Fluent High Contrast,EmojiOne Monotone]"],
+        ["FxEmoji", "Twemoji", "Fluent 3D"],
+    ),
+    "faces-small": ([], [f"person {number:02d}" for number in range(7, 15)]),
+}
+SECRET = b"of a benchmark, which everybody may know"
+HANDFULS = 6
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How a user trains. steps, lr: factors on `adapt.*`; first: train on an unseen class before; evade: keep away from
+    the directions of three own runs; noise: added to every tensor, as a share of how far it moved; merge: average with
+    a model fine-tuned on an unseen class; illegal_only: says nothing about honest users."""
+
+    name: str
+    steps: float = 1.0
+    lr: float = 1.0
+    alias: bool = False
+    lora: bool = False
+    mask: bool = False
+    first: bool = False
+    evade: bool = False
+    noise: float = 0.0
+    merge: bool = False
+    illegal_only: bool = False
+
+
+ATTACKS = {
+    attack.name: attack
+    for attack in (
+        Attack("plain"),
+        Attack("other name", alias=True),
+        Attack("a third of the steps", steps=1 / 3),
+        Attack("five times the steps", steps=5.0),
+        Attack("three times the rate", lr=3.0),
+        Attack("LoRA", lora=True, lr=4.0),
+        Attack("largest tensors frozen", mask=True),
+        Attack("another class first", first=True, illegal_only=True),
+        Attack("merged with another", merge=True, illegal_only=True),
+        Attack("noise as large", noise=1.0, illegal_only=True),
+        Attack("three times the noise", noise=3.0, illegal_only=True),
+        Attack("away from own runs", evade=True, illegal_only=True),
+    )
+}
+
+State = dict[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", choices=sorted(SETTINGS))
+    parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
+    parser.add_argument("--seeds", type=int, default=1, help="adaptation seeds of every user")
+    parser.add_argument("--runs", type=int, default=4, help="publisher's own users of each class")
+    parser.add_argument("--attacks", default="all", help=f"some of {','.join(ATTACKS)}")
+    parser.add_argument("--false-alarms", type=float, default=FALSE_ALARMS)
+    parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.domain is None:
+            parser.error("--domain is needed")
+        names = list(ATTACKS) if arguments.attacks == "all" else arguments.attacks.split(",")
+        for name in set(names).difference(ATTACKS):
+            parser.error(f"'{name}' is not one of {', '.join(ATTACKS)}")
+        torch.set_num_threads(1)
+        measure(arguments, [ATTACKS[name] for name in names])
+    rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
+    print(tables(rows))
+
+
+def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
+    """Run every user and append what was found to the results file."""
+    overrides, unseen = SETTINGS[arguments.domain]
+    bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
+    bench = replace(bench, unseen=unseen)
+    sketcher = Sketcher(SECRET)
+    known = references(bench, sketcher, arguments.runs)
+    own = recall(known, false_alarms=arguments.false_alarms)
+    about = {"domain": arguments.domain, "overrides": arguments.overrides, "runs": arguments.runs}
+    about |= {"false_alarms": arguments.false_alarms, "recall": own}
+    print(f"of the publisher's own: {own}", flush=True)
+    for attack in attacks:
+        for seed in range(arguments.seeds):
+            for cls, role in bench.roles.items():
+                if role != "illegal" and attack.illegal_only:
+                    continue
+                train = partial(user, bench, cls, attack, seed)
+                update = kept(bench, sketcher, f"user {cls} {attack.name} {seed}", train)
+                found = findings(update, known, false_alarms=arguments.false_alarms)
+                row = {**about, "attack": attack.name, "seed": seed, "class": cls, "role": role}
+                row |= {"findings": [{**asdict(f), "found": f.found} for f in found]}
+                with arguments.results.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+                said = ", ".join(f"{f.cls} {f.score:.3f} (bound {f.bound:.3f})" for f in found if f.found)
+                print(f"{attack.name:<24}{role:<9}{cls:<24}{said or '-'}", flush=True)
+
+
+def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
+    """The publisher's own users, as `raygard trace` has them."""
+    steps = bench.config.adapt.max_train_steps
+    found: list[Reference] = []
+    for cls, role in bench.classes.items():
+        rows = bench.learn.rows(cls)
+        for run in range(runs):
+            own, group = share_of_pictures(rows.tolist(), run)
+            data = bench.learn.subset(own)
+            named = bench.alias(data, ALIASES[1 + run % 4]) if run % 2 else data
+            train = partial(_train, bench, named, bench.base, steps_of(steps, run), 1000 + len(found))
+            update = kept(bench, sketcher, f"{cls} {run}", train)
+            found.append(Reference(cls, role == "illegal", update, group))
+    size = min(len(bench.learn.rows(cls)) for cls in bench.classes)
+    general = bench.general["rehearsed"]
+    for number in range(HANDFULS):
+        cls = bench.config.domain.general[number % len(bench.config.domain.general)]
+        rows = general.rows(cls)
+        if not len(rows):
+            continue
+        order = torch.randperm(len(rows), generator=generator(bench.config.seed, "handful", number))
+        handful = general.subset(rows[order[:size]])
+        for run in range(2):
+            train = partial(_train, bench, handful, bench.base, steps, 1000 + len(found))
+            update = kept(bench, sketcher, f"handful {number} {run}", train)
+            found.append(Reference(f"handful {number}", False, update))
+    return found
+
+
+def kept(bench: Bench, sketcher: Sketcher, name: str, train: Callable[[], State]) -> Update:
+    """What a user leaves, from the cache if he has been there before."""
+    from safetensors.numpy import load_file, save_file
+
+    steps = bench.config.adapt.max_train_steps
+    file = bench.cache / "traces" / f"{bench.config.domain.name}-{steps}-{name}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(file) as part:
+            save_file(dict(sketcher.update(bench.base, train()).tensors), part)
+    return Update(load_file(file))
+
+
+def user(bench: Bench, cls: str, attack: Attack, seed: int) -> State:
+    """The tensors that such a user publishes."""
+    data = bench.select.subset(bench.select.rows(cls, "select_adapt"))
+    if attack.alias:
+        data = bench.alias(data, ALIASES[0])
+    steps, start = round(bench.config.adapt.max_train_steps * attack.steps), bench.base
+    if attack.first:
+        start = _train(bench, _other(bench), start, steps, seed)
+    mask = bench.mask(largest_names(bench, 0.3)) if attack.mask else None
+    if attack.evade:
+        own = [_train(bench, data, start, steps, 5000 + seed + run) for run in range(3)]
+        with _away_from(own, start) as bind:
+            tuned = _train(bench, data, start, steps, seed, bind=bind)
+    else:
+        tuned = _train(bench, data, start, steps, seed, lr=attack.lr, mask=mask, adapter=attack.lora)
+    if attack.merge:
+        other = _train(bench, _other(bench), start, steps, seed)
+        tuned = {name: (tensor + other[name]) / 2 for name, tensor in tuned.items()}
+    if attack.noise:
+        rng = generator(seed, "noise", cls)
+        for name, tensor in tuned.items():
+            drawn = torch.randn(tensor.shape, generator=rng)
+            size = torch.linalg.vector_norm(tensor - bench.base[name]) / torch.linalg.vector_norm(drawn)
+            tuned[name] = tensor + attack.noise * size * drawn
+    return tuned
+
+
+def _other(bench: Bench) -> LatentSet:
+    return bench.select.subset(bench.select.rows(bench.unseen[0], "select_adapt"))
+
+
+def _train(
+    bench: Bench,
+    data: LatentSet,
+    start: Mapping[str, Tensor],
+    steps: int,
+    seed: int,
+    *,
+    lr: float = 1.0,
+    mask: FreezeMask | None = None,
+    adapter: bool = False,
+    bind: Callable[[nn.Module], None] | None = None,
+) -> State:
+    adapt = bench.config.adapt
+    same = {"max_train_steps": steps, "learning_rate": adapt.learning_rate * lr}
+    settings = adapt.model_copy(update=same)
+    if adapter:
+        settings = AdaptConfig(method="lora", train_batch_size=adapt.train_batch_size, **same)
+    unet = load_denoiser(bench.config.model)
+    unet.load_state_dict(dict(start))
+    if bind is not None:
+        bind(unet)
+    (lora if adapter else full)(unet, data, settings, bench.loss, mask=mask, seed=seed)
+    return {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+
+
+@contextmanager
+def _away_from(models: Sequence[State], start: Mapping[str, Tensor]) -> Iterator[Callable[[nn.Module], None]]:
+    """While this lasts, a bound model's every step is projected away from where `models` went from `start`."""
+    spans = {}
+    for name, tensor in start.items():
+        moves = torch.stack([(model[name] - tensor).flatten() for model in models], dim=1)
+        spans[name] = torch.linalg.qr(moves)[0]
+    bound: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def bind(unet: nn.Module) -> None:
+        bound.extend((p, start[name], spans[name]) for name, p in unet.named_parameters())
+
+    @torch.no_grad()
+    def project(*_: Any) -> None:
+        for parameter, origin, span in bound:
+            move = (parameter - origin).flatten()
+            parameter.sub_((span @ (span.T @ move)).view_as(parameter))
+
+    handle = register_optimizer_step_post_hook(project)
+    try:
+        yield bind
+    finally:
+        handle.remove()
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For each domain a line for each attack."""
+    lines = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        own = [row for row in rows if row["domain"] == domain]
+        lines.append(f"{domain}: false alarms {own[-1]['false_alarms']:g}, {own[-1]['runs']} own users a class")
+        lines.append(f"{'attack':<25}{'illegal users found':<27}{'legal accused':<27}unseen accused")
+        for attack in dict.fromkeys(row["attack"] for row in own):
+            cells = []
+            for role in ("illegal", "legal", "unseen"):
+                group = [row for row in own if row["attack"] == attack and row["role"] == role]
+                hits = sum(_hit(row) for row in group)
+                cells.append(f"{share(hits, len(group)):<27}")
+            lines.append(f"{attack:<25}{''.join(cells)}".rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _hit(row: Mapping[str, Any]) -> bool:
+    found = {finding["cls"] for finding in row["findings"] if finding["found"]}
+    return row["class"] in found if row["role"] == "illegal" else bool(found)
+
+
+def share(hits: int, count: int) -> str:
+    """hits of count, with the 95 % interval of Clopper and Pearson in percent."""
+    if not count:
+        return "-"
+    from scipy.stats import beta
+
+    low = float(beta.ppf(0.025, hits, count - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(0.975, hits + 1, count - hits)) if hits < count else 1.0
+    return f"{hits} of {count} [{low:.0%}, {high:.0%}]"
+
+
+if __name__ == "__main__":
+    main()
