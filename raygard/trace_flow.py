@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ class TraceFlow(Flow):
 
     def trace(self, runs: int, handfuls: int, mask: Path | None = None) -> Traces:
         """Train the users (what is finished is not trained again), and save what they left as `traces/`.
+
+        Traces of other arguments in the same directory are replaced.
 
         runs: users of each illegal and legal class, on halves of its pictures in turn; every second under a name that
         means nothing, half of them for half the steps. handfuls: sets of as many general pictures, two users each, so
@@ -62,14 +65,17 @@ class TraceFlow(Flow):
                         folder,
                         on_done=lambda user: bar.advance(1, user.cls),
                     )
-                Traces(
+                found = Traces(
                     base_model=self.config.model.pretrained_model_name_or_path,
                     fingerprint=release_fingerprint(release),
                     domain=domain.name,
                     shapes={name: tuple(tensor.shape) for name, tensor in release.items()},
                     sketcher=sketcher,
                     references=references,
-                ).save(target)
+                )
+                if target.exists():
+                    shutil.rmtree(target)
+                found.save(target)
         return Traces.load(target)
 
     def _users(self, data: LatentSet, runs: int, handfuls: int) -> list[TraceUser]:

@@ -85,8 +85,8 @@ def findings(
 def recall(references: Sequence[Reference], *, false_alarms: float = FALSE_ALARMS) -> dict[str, tuple[int, int]]:
     """Of each forbidden class how many of its own users are found, and of how many.
 
-    Each is judged without all that trained on the same pictures; where all of a class did, none can be judged. What is
-    too faint to be found here will not be found elsewhere. Raises RaygardError as `findings`.
+    Each is judged without all that trained on the same pictures, so by fewer than a stranger is; where all of a class
+    did, none can be judged. Raises RaygardError as `findings`.
     """
     names = sorted(set.intersection(*(set(r.update.tensors) for r in references)))
     rows = _rows([r.update for r in references], names)

@@ -107,3 +107,6 @@ def test_traces_of_a_release_with_values_are_of_these_values(config: RunConfig, 
     traces.check_release({**base, **values})
     # A user who is looked for may train what the mask freezes.
     assert all(name in r.update.tensors for r in traces.references)
+    # The same directory again, with other arguments.
+    assert len(TraceFlow(short, tmp_path / "out").trace(runs=2, handfuls=3).references) == 12
+    Traces.load(tmp_path / "out" / "traces").check_release(base)

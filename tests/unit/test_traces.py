@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from raygard.cli import app
 from raygard.errors import ExitCode, RaygardError
 from raygard.seeding import generator
-from raygard.traces import Reference, Sketcher, Traces, Update, findings, recall
+from raygard.traces import Reference, Sketcher, Traces, Update, findings, recall, share_of_pictures, steps_of
 from raygard.traces.artifact import MANIFEST, SKETCHES, release_fingerprint
 
 SECRET, OTHER = b"nobody has guessed it yet", b"somebody else's secret, longer"
@@ -230,3 +230,12 @@ def test_an_untouched_model_and_another_release(folder: Path, files: dict[str, s
 
 def test_an_audit_needs_something_to_audit_with(files: dict[str, str]) -> None:
     assert "give --mask, --traces, or both" in audit("--base", files["base"], "--model", files["honest"])[1]
+
+
+def test_users_of_a_class_take_halves_of_its_pictures_in_turn() -> None:
+    shares = [share_of_pictures(range(10), run) for run in range(4)]
+    assert shares[0] == shares[1] == ([0, 2, 4, 6, 8], 0)
+    assert shares[2] == shares[3] == ([1, 3, 5, 7, 9], 1)
+    assert share_of_pictures(range(7), 3) == (list(range(7)), 0)
+    assert [steps_of(100, run) for run in range(4)] == [100, 50, 50, 100]
+    assert steps_of(1, 1) == 1
