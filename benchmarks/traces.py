@@ -5,10 +5,12 @@
     python benchmarks/traces.py --table
 
 The publisher fine-tunes the release on its own pictures (part `learn`) of every class it knows, and on handfuls of
-general pictures, and keeps sketches (`raygard.traces`). Attackers and honest users train on other pictures (part
-`select_adapt`); unseen classes are legal ones that the publisher has never looked at. Printed for each attack: how many
-illegal users are found (the class they trained on), and how many legal and unseen ones are accused, with 95 %
-intervals (Clopper and Pearson 1934), at the bound of `--false-alarms`. Every user is a line of the results file.
+general pictures, and keeps sketches (`raygard.traces`). Users train on other pictures (part `select_adapt`); unseen
+classes are ones that the publisher has never looked at. Every known class is asked about, illegal and legal alike:
+which of them is forbidden is for the publisher to say, and exchanging the roles changes nothing. Printed for each kind
+of user: how many are found to have trained on the class they trained on, how many are accused of another one, and how
+many users of unseen classes are accused, with 95 % intervals (Clopper and Pearson 1934). Every user is a line of the
+results file.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ HANDFULS = 6
 class Attack:
     """How a user trains. steps, lr: factors on `adapt.*`; first: train on an unseen class before; evade: keep away from
     the directions of three own runs; noise: added to every tensor, as a share of how far it moved; merge: average with
-    a model fine-tuned on an unseen class; illegal_only: says nothing about honest users."""
+    a model fine-tuned on an unseen class; illegal_only: only users of illegal classes."""
 
     name: str
     steps: float = 1.0
@@ -125,7 +127,7 @@ def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
     """Run every user and append what was found to the results file."""
     overrides, unseen = SETTINGS[arguments.domain]
     bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
-    bench = replace(bench, unseen=unseen)
+    bench = replace(bench, unseen=[cls for cls in unseen if cls not in bench.classes])
     sketcher = Sketcher(SECRET)
     known = references(bench, sketcher, arguments.runs)
     own = recall(known, false_alarms=arguments.false_alarms)
@@ -149,10 +151,10 @@ def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
 
 
 def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
-    """The publisher's own users, as `raygard trace` has them."""
+    """The publisher's own users, as `raygard trace` has them. Every class is asked about, as if it were forbidden."""
     steps = bench.config.adapt.max_train_steps
     found: list[Reference] = []
-    for cls, role in bench.classes.items():
+    for cls in bench.classes:
         rows = bench.learn.rows(cls)
         for run in range(runs):
             own, group = share_of_pictures(rows.tolist(), run)
@@ -160,7 +162,7 @@ def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
             named = bench.alias(data, ALIASES[1 + run % 4]) if run % 2 else data
             train = partial(_train, bench, named, bench.base, steps_of(steps, run), 1000 + len(found))
             update = kept(bench, sketcher, f"{cls} {run}", train)
-            found.append(Reference(cls, role == "illegal", update, group))
+            found.append(Reference(cls, True, update, group))
     size = min(len(bench.learn.rows(cls)) for cls in bench.classes)
     general = bench.general["rehearsed"]
     for number in range(HANDFULS):
@@ -272,26 +274,32 @@ def _away_from(models: Sequence[State], start: Mapping[str, Tensor]) -> Iterator
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """For each domain a line for each attack."""
+    """For each domain and its settings a line for each attack."""
     lines = []
-    for domain in dict.fromkeys(row["domain"] for row in rows):
-        own = [row for row in rows if row["domain"] == domain]
-        lines.append(f"{domain}: false alarms {own[-1]['false_alarms']:g}, {own[-1]['runs']} own users a class")
-        lines.append(f"{'attack':<25}{'illegal users found':<27}{'legal accused':<27}unseen accused")
+    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["domain"], *row["overrides"]), []).append(row)
+    for settings, own in runs.items():
+        said = ", ".join(f"{cls} {found} of {count}" for cls, (found, count) in own[-1]["recall"].items() if count)
+        lines.append(" ".join(settings))
+        lines.append(f"false alarms {own[-1]['false_alarms']:g}; of the publisher's own: {said or 'too few pictures'}")
+        lines.append(f"{'attack':<25}{'found':<25}{'accused of another class':<27}unseen users accused")
         for attack in dict.fromkeys(row["attack"] for row in own):
-            cells = []
-            for role in ("illegal", "legal", "unseen"):
-                group = [row for row in own if row["attack"] == attack and row["role"] == role]
-                hits = sum(_hit(row) for row in group)
-                cells.append(f"{share(hits, len(group)):<27}")
-            lines.append(f"{attack:<25}{''.join(cells)}".rstrip())
+            group = [row for row in own if row["attack"] == attack]
+            known, unseen = ([row for row in group if (row["role"] == "unseen") == new] for new in (False, True))
+            counts = (
+                (sum(row["class"] in _named(row) for row in known), len(known)),
+                (sum(bool(_named(row) - {row["class"]}) for row in known), len(known)),
+                (sum(bool(_named(row)) for row in unseen), len(unseen)),
+            )
+            found, accused, honest = (share(*count) for count in counts)
+            lines.append(f"{attack:<25}{found:<25}{accused:<27}{honest}".rstrip())
         lines.append("")
     return "\n".join(lines)
 
 
-def _hit(row: Mapping[str, Any]) -> bool:
-    found = {finding["cls"] for finding in row["findings"] if finding["found"]}
-    return row["class"] in found if row["role"] == "illegal" else bool(found)
+def _named(row: Mapping[str, Any]) -> set[str]:
+    return {finding["cls"] for finding in row["findings"] if finding["found"]}
 
 
 def share(hits: int, count: int) -> str:

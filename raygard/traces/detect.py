@@ -75,8 +75,8 @@ def findings(
             f"tell what it was fine-tuned on (at least {MIN_TENSORS})"
         )
     rows = _rows([*(r.update for r in references), update], names)
-    users = _Users(references, rows[:-1] @ rows[:-1].T)
-    own = rows[:-1] @ rows[-1]
+    gram = (rows @ rows.T).astype(np.float64)
+    users, own = _Users(references, gram[:-1, :-1]), gram[-1, :-1]
     return tuple(
         users.judge(cls, users.scorer(cls)(users.similarities(own)), false_alarms) for cls in _forbidden(references)
     )
@@ -90,7 +90,7 @@ def recall(references: Sequence[Reference], *, false_alarms: float = FALSE_ALARM
     """
     names = sorted(set.intersection(*(set(r.update.tensors) for r in references)))
     rows = _rows([r.update for r in references], names)
-    users = _Users(references, rows @ rows.T)
+    users = _Users(references, (rows @ rows.T).astype(np.float64))
     found = {}
     for cls in _forbidden(references):
         scorer = users.scorer(cls)
@@ -104,10 +104,11 @@ def _forbidden(references: Iterable[Reference]) -> list[str]:
     return list(dict.fromkeys(r.cls for r in references if r.forbidden))
 
 
-def _rows(updates: Sequence[Update], names: Sequence[str]) -> Array:
+def _rows(updates: Sequence[Update], names: Sequence[str]) -> NDArray[np.float32]:
     """(n, tensors x width), each of norm 1: dot products are mean cosines over the tensors."""
     rows = np.stack([np.concatenate([u.tensors[name] for name in names]) for u in updates])
-    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows
 
 
 class _Users:
