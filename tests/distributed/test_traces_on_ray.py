@@ -18,7 +18,7 @@ from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask
 from raygard.trace_flow import TraceFlow
-from raygard.traces import Traces, findings
+from raygard.traces import Traces, findings, share_of_pictures
 
 pytestmark = pytest.mark.distributed
 
@@ -68,7 +68,7 @@ def test_who_trains_as_a_publishers_user_did_leaves_the_same(config: RunConfig, 
     data = load_cache(next(iter((run / "cache").iterdir())))
     denoiser = load_denoiser(config.model)
     base = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
-    rows = data.subset(data.rows("a"))
+    rows = data.subset(share_of_pictures(data.rows("a").tolist(), 0)[0])
     get_adaptation("full")(denoiser, rows, config.adapt, load_loss(config.model), mask=None, seed=1000)
     update = traces.sketcher.update(base, dict(denoiser.named_parameters()))
     for name, sketch in update.tensors.items():
