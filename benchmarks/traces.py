@@ -2,15 +2,15 @@
 
     python benchmarks/traces.py --domain emoji-styles|faces-small [--pictures DIR] [--seeds N] [--attacks A,B] \
         [--cache DIR] [--results FILE] [KEY=VALUE ...]
-    python benchmarks/traces.py --table
+    python benchmarks/traces.py --table [--plot FILE]
 
 The publisher fine-tunes the release on its own pictures (part `learn`) of every class it knows, and on handfuls of
 general pictures, and keeps sketches (`raygard.traces`). Users train on other pictures (part `select_adapt`); unseen
 classes are ones that the publisher has never looked at. Every known class is asked about, illegal and legal alike:
 which of them is forbidden is for the publisher to say, and exchanging the roles changes nothing. Printed for each kind
-of user: how many are found to have trained on the class they trained on, how many are accused of another one, and how
-many users of unseen classes are accused, with 95 % intervals (Clopper and Pearson 1934). Every user is a line of the
-results file.
+of user: how many are found to have trained on the class they trained on, of how many that class deviates most (which
+knows no bound), how many are accused of another one, and how many users of unseen classes are accused, with 95 %
+intervals (Clopper and Pearson 1934). Every user is a line of the results file.
 """
 
 from __future__ import annotations
@@ -104,11 +104,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
     parser.add_argument("--seeds", type=int, default=1, help="adaptation seeds of every user")
     parser.add_argument("--runs", type=int, default=4, help="publisher's own users of each class")
+    parser.add_argument("--references", choices=("full", "lora"), default="full", help="how they train")
     parser.add_argument("--attacks", default="all", help=f"some of {','.join(ATTACKS)}")
     parser.add_argument("--false-alarms", type=float, default=FALSE_ALARMS)
     parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    parser.add_argument("--plot", type=Path, help="picture of how far every user is from the bound")
     parser.add_argument("overrides", nargs="*", help="settings as key=value")
     arguments = parser.parse_args()
     if not arguments.table:
@@ -121,6 +123,8 @@ def main() -> None:
         measure(arguments, [ATTACKS[name] for name in names])
     rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
     print(tables(rows))
+    if arguments.plot is not None:
+        plot(rows, arguments.plot)
 
 
 def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
@@ -129,9 +133,10 @@ def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
     bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
     bench = replace(bench, unseen=[cls for cls in unseen if cls not in bench.classes])
     sketcher = Sketcher(SECRET)
-    known = references(bench, sketcher, arguments.runs)
+    known = references(bench, sketcher, arguments.runs, arguments.references)
     own = recall(known, false_alarms=arguments.false_alarms)
     about = {"domain": arguments.domain, "overrides": arguments.overrides, "runs": arguments.runs}
+    about["references"] = arguments.references
     about |= {"false_alarms": arguments.false_alarms, "recall": own}
     print(f"of the publisher's own: {own}", flush=True)
     for attack in attacks:
@@ -150,9 +155,11 @@ def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
                 print(f"{attack.name:<24}{role:<9}{cls:<24}{said or '-'}", flush=True)
 
 
-def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
+def references(bench: Bench, sketcher: Sketcher, runs: int, method: str) -> list[Reference]:
     """The publisher's own users, as `raygard trace` has them. Every class is asked about, as if it were forbidden."""
     steps = bench.config.adapt.max_train_steps
+    adapter = method == "lora"
+    lr, name = (ATTACKS["LoRA"].lr, "lora ") if adapter else (1.0, "")
     found: list[Reference] = []
     for cls in bench.classes:
         rows = bench.learn.rows(cls)
@@ -160,8 +167,10 @@ def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
             own, group = share_of_pictures(rows.tolist(), run)
             data = bench.learn.subset(own)
             named = bench.alias(data, ALIASES[1 + run % 4]) if run % 2 else data
-            train = partial(_train, bench, named, bench.base, steps_of(steps, run), 1000 + len(found))
-            update = kept(bench, sketcher, f"{cls} {run}", train)
+            train = partial(
+                _train, bench, named, bench.base, steps_of(steps, run), 1000 + len(found), lr=lr, adapter=adapter
+            )
+            update = kept(bench, sketcher, f"{name}{cls} {run}", train)
             found.append(Reference(cls, True, update, group))
     size = min(len(bench.learn.rows(cls)) for cls in bench.classes)
     general = bench.general["rehearsed"]
@@ -173,8 +182,8 @@ def references(bench: Bench, sketcher: Sketcher, runs: int) -> list[Reference]:
         order = torch.randperm(len(rows), generator=generator(bench.config.seed, "handful", number))
         handful = general.subset(rows[order[:size]])
         for run in range(2):
-            train = partial(_train, bench, handful, bench.base, steps, 1000 + len(found))
-            update = kept(bench, sketcher, f"handful {number} {run}", train)
+            train = partial(_train, bench, handful, bench.base, steps, 1000 + len(found), lr=lr, adapter=adapter)
+            update = kept(bench, sketcher, f"{name}handful {number} {run}", train)
             found.append(Reference(f"handful {number}", False, update))
     return found
 
@@ -276,30 +285,67 @@ def _away_from(models: Sequence[State], start: Mapping[str, Tensor]) -> Iterator
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """For each domain and its settings a line for each attack."""
     lines = []
-    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        runs.setdefault((row["domain"], *row["overrides"]), []).append(row)
-    for settings, own in runs.items():
+    for settings, own in _groups(rows).items():
         said = ", ".join(f"{cls} {found} of {count}" for cls, (found, count) in own[-1]["recall"].items() if count)
         lines.append(" ".join(settings))
         lines.append(f"false alarms {own[-1]['false_alarms']:g}; of the publisher's own: {said or 'too few pictures'}")
-        lines.append(f"{'attack':<25}{'found':<25}{'accused of another class':<27}unseen users accused")
+        lines.append(f"{'attack':<25}{'found':<25}{'own class highest':<25}{'accused of another':<25}unseen accused")
         for attack in dict.fromkeys(row["attack"] for row in own):
             group = [row for row in own if row["attack"] == attack]
             known, unseen = ([row for row in group if (row["role"] == "unseen") == new] for new in (False, True))
             counts = (
                 (sum(row["class"] in _named(row) for row in known), len(known)),
+                (sum(row["class"] == _highest(row) for row in known), len(known)),
                 (sum(bool(_named(row) - {row["class"]}) for row in known), len(known)),
                 (sum(bool(_named(row)) for row in unseen), len(unseen)),
             )
-            found, accused, honest = (share(*count) for count in counts)
-            lines.append(f"{attack:<25}{found:<25}{accused:<27}{honest}".rstrip())
+            cells = "".join(f"{share(*count):<25}" for count in counts)
+            lines.append(f"{attack:<25}{cells}".rstrip())
         lines.append("")
     return "\n".join(lines)
 
 
+def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+    """Rows by domain and settings."""
+    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        settings = row["domain"], *row["overrides"], *["LoRA references"] * (row["references"] == "lora")
+        runs.setdefault(settings, []).append(row)
+    return runs
+
+
 def _named(row: Mapping[str, Any]) -> set[str]:
     return {finding["cls"] for finding in row["findings"] if finding["found"]}
+
+
+def _highest(row: Mapping[str, Any]) -> str:
+    return str(max(row["findings"], key=lambda finding: float(finding["deviations"]))["cls"])
+
+
+def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Deviations of every user, a row for each attack: his own class and all others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = _groups(rows)
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.6), sharey=True, layout="constrained")
+    for axis, (settings, own) in zip(axes, groups.items(), strict=True):
+        names = list(ATTACKS)[::-1]
+        for label, colour, mine in (("another class", "0.75", False), ("the class he trained on", "tab:red", True)):
+            points = [
+                (finding["deviations"], names.index(row["attack"]))
+                for row in own
+                for finding in row["findings"]
+                if (finding["cls"] == row["class"]) == mine
+            ]
+            axis.scatter(*zip(*points, strict=True), s=14, c=colour, label=label, zorder=2 + mine)
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="standard deviations from users of other classes")
+        axis.set_title("\n".join(settings).replace("domain.", ""), fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(file, dpi=110)
 
 
 def share(hits: int, count: int) -> str:

@@ -55,7 +55,7 @@ def trace(
         if count:
             print(f"{cls}: {found} of {count} of the publisher's own users found without those of the same pictures")
         else:
-            print(f"{cls}: too few pictures to say how surely it is found")
+            print(f"{cls}: all its users share their pictures, so that how surely it is found cannot be said")
     print(f"traces   {flow.dir / 'traces'}    (secret: whoever has them can avoid being found)")
 
 
