@@ -161,7 +161,9 @@ def _recognised(
     if found:
         hits = [finding.cls for finding in found if finding.found]
         lines.append(
-            f"fine-tuned on {', '.join(hits)}" if hits else "fine-tuned on none of these classes, as far as can be told"
+            f"points to fine-tuning on {', '.join(hits)} (evidence, and not proof)"
+            if hits
+            else "fine-tuned on none of these classes, as far as can be told"
         )
     report["traces"] = [{**asdict(finding), "found": finding.found} for finding in found]
     report["ok"] = bool(report.get("ok", True)) and not any(finding.found for finding in found)

@@ -218,7 +218,7 @@ def test_a_lora_is_recognised_as_well(folder: Path, tmp_path: Path) -> None:
     save_file(factors, str(tmp_path / "pytorch_lora_weights.safetensors"))
     code, said = audit("--traces", folder, "--lora", tmp_path / "pytorch_lora_weights.safetensors")
     assert code == ExitCode.MOVED
-    assert "fine-tuned on a" in said
+    assert "points to fine-tuning on a " in said
 
 
 def test_an_untouched_model_and_another_release(folder: Path, files: dict[str, str]) -> None:
