@@ -42,7 +42,16 @@ from raygard.diffusion.model import load_denoiser  # noqa: E402
 from raygard.files import scratch  # noqa: E402
 from raygard.mask import FreezeMask  # noqa: E402
 from raygard.seeding import generator  # noqa: E402
-from raygard.traces import Reference, Sketcher, Update, findings, recall, share_of_pictures, steps_of  # noqa: E402
+from raygard.traces import (  # noqa: E402
+    Reference,
+    Sketcher,
+    Update,
+    findings,
+    handful,
+    recall,
+    share_of_pictures,
+    steps_of,
+)
 from raygard.traces.detect import FALSE_ALARMS  # noqa: E402
 
 RESULTS = HERE / "results" / "traces.jsonl"
@@ -179,10 +188,9 @@ def references(bench: Bench, sketcher: Sketcher, runs: int, method: str) -> list
         rows = general.rows(cls)
         if not len(rows):
             continue
-        order = torch.randperm(len(rows), generator=generator(bench.config.seed, "handful", number))
-        handful = general.subset(rows[order[:size]])
+        data = general.subset(handful(rows, size, bench.config.seed, number))
         for run in range(2):
-            train = partial(_train, bench, handful, bench.base, steps, 1000 + len(found), lr=lr, adapter=adapter)
+            train = partial(_train, bench, data, bench.base, steps, 1000 + len(found), lr=lr, adapter=adapter)
             update = kept(bench, sketcher, f"{name}handful {number} {run}", train)
             found.append(Reference(f"handful {number}", False, update))
     return found

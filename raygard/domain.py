@@ -71,6 +71,16 @@ class Domain:
         """Illegal, then legal classes: those that are adapted and scored."""
         return self.illegal + self.legal
 
+    @property
+    def learn_parts(self) -> list[tuple[str, str]]:
+        """(class, part) of all that a publisher learns from."""
+        return [(cls, part) for cls in self.classes for part in ("learn_lower", "learn_upper")]
+
+    @property
+    def general_parts(self) -> list[tuple[str, str]]:
+        """(class, part) of the general classes."""
+        return [(cls, GENERAL) for cls in self.general]
+
     def role(self, cls: str) -> str:
         """`illegal`, `legal` or `general`. Raises RaygardError for a class the domain does not name."""
         for role in ROLES:

@@ -106,9 +106,7 @@ class Flow:
 
     @cached_property
     def learn_cache(self) -> Path:
-        parts = ("learn_lower", "learn_upper")
-        classes = (*self.config.domain.illegal, *self.config.domain.legal)
-        return self._cache("learn", [(cls, part) for cls in classes for part in parts])
+        return self._cache("learn", self.domain.learn_parts)
 
     def relearn(self) -> Path:
         """theta_ft: the base fully fine-tuned on illegal and legal pictures; shared by every mask of the run."""
@@ -210,11 +208,10 @@ class Flow:
 
     def _values_cache(self, mask_seed: int) -> Path:
         """Latents of all that values are trained on, and its captions, also under meaningless names."""
-        domain, view = self.config.domain, self.domain.view("values")
-        parts = [(c, part) for c in (*domain.illegal, *domain.legal) for part in ("learn_lower", "learn_upper")]
+        parts, view = self.domain.learn_parts, self.domain.view("values")
         captions = [(cls, picture.caption) for cls, part in parts for picture in view.pictures(cls, part)]
-        further = further_captions(captions, domain, self.config.values, mask_seed)
-        return self._cache("values", [*parts, *((cls, "general") for cls in domain.general)], further)
+        further = further_captions(captions, self.config.domain, self.config.values, mask_seed)
+        return self._cache("values", [*parts, *self.domain.general_parts], further)
 
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
@@ -244,7 +241,7 @@ class Flow:
     @cached_property
     def general_cache(self) -> Path | None:
         """Latents of the general classes, for the loss of the release; None if the domain has none."""
-        general = [(cls, "general") for cls in self.config.domain.general]
+        general = self.domain.general_parts
         return self._cache("base_loss", general) if general else None
 
     def evaluate(self, masks: Sequence[FreezeMask], pool: Any = None) -> dict[str, Any]:

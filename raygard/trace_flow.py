@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from raygard.adaptation.prompts import renamed
 from raygard.cluster.traces import TraceUser, run_users
 from raygard.diffusion.cache import LatentSet, load_cache
@@ -15,8 +13,7 @@ from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.flow import Flow
 from raygard.mask import FreezeMask
-from raygard.seeding import generator
-from raygard.traces import Sketcher, Traces, share_of_pictures, steps_of
+from raygard.traces import Sketcher, Traces, handful, share_of_pictures, steps_of
 from raygard.traces.artifact import new_secret, release_fingerprint
 from raygard.values.names import pseudoword
 
@@ -43,8 +40,7 @@ class TraceFlow(Flow):
             raise RaygardError("traces need general pictures to compare with; name some classes in domain.general")
         released = FreezeMask.load(mask) if mask is not None else None
         target = self.dir / "traces"
-        parts = [(c, part) for c in (*domain.illegal, *domain.legal) for part in ("learn_lower", "learn_upper")]
-        cache = self._cache("traces", [*parts, *((cls, "general") for cls in domain.general)])
+        cache = self._cache("traces", [*self.domain.learn_parts, *self.domain.general_parts])
         inputs = {**self._inputs("adapt"), "cache": cache.name, "runs": runs, "handfuls": handfuls}
         inputs |= {"mask": released.sha256 if released is not None else None}
         with self.parent, self.dir.stage("trace", inputs) as (folder, done):
@@ -98,8 +94,7 @@ class TraceFlow(Flow):
         general = [found for cls in config.domain.general if len(found := data.rows(cls))]
         for number in range(handfuls):
             known = general[number % len(general)]
-            order = torch.randperm(len(known), generator=generator(config.seed, "handful", number))
-            chosen = tuple(known[order[: min(sizes)]].tolist())
+            chosen = tuple(handful(known, min(sizes), config.seed, number).tolist())
             for _ in range(2):
                 seed = config.seed + 1000 + len(users)
                 users.append(TraceUser(f"handful {number}", False, chosen, None, steps, seed))

@@ -40,7 +40,7 @@ class TraceUser:
 
 
 def trace_task(
-    config_dict: dict[str, Any], user: TraceUser, cache: str, mask: str | None, secret: str, out: str
+    config_dict: dict[str, Any], user: TraceUser, cache: str, mask: str | None, sketcher: Sketcher, out: str
 ) -> None:
     """Let one user fine-tune the release, which carries the values of `mask`, and write its sketches to `out`."""
     from safetensors.numpy import save_file
@@ -62,7 +62,7 @@ def trace_task(
     get_adaptation(settings.method)(denoiser, rows, settings, loss, mask=None, seed=user.seed, release=release)
     tuned = dict(denoiser.named_parameters())
     with scratch(Path(out)) as file:
-        save_file(dict(Sketcher(bytes.fromhex(secret)).update(base, tuned).tensors), str(file))
+        save_file(dict(sketcher.update(base, tuned).tensors), str(file))
 
 
 def run_users(
@@ -91,7 +91,7 @@ def run_users(
     def submit(number: int) -> None:
         attempts[number] += 1
         arguments = config.model_dump(mode="json"), users[number], str(cache), None if mask is None else str(mask)
-        running[task.remote(*arguments, sketcher.secret.hex(), str(files[number]))] = number
+        running[task.remote(*arguments, sketcher, str(files[number]))] = number
 
     try:
         for number, file in enumerate(files):

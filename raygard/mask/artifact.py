@@ -27,7 +27,7 @@ import raygard
 from raygard.errors import RaygardError
 from raygard.files import read_limited, readable_disk_errors, sha256_file
 from raygard.mask.audit import AuditReport, audit_states
-from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry
+from raygard.mask.manifest import FORMAT_VERSION, BaseModelInfo, Manifest, RatioInfo, TensorEntry, problem
 from raygard.mask.signature import SIGNATURE, SignatureError, check_signature, require_files
 from raygard.mask.weights import fingerprint, refuse_packed, tensor_sha256
 
@@ -174,7 +174,7 @@ class FreezeMask:
         try:
             manifest = self.manifest()
         except ValidationError as error:
-            raise RaygardError(f"cannot save the mask: {_problem(error)}") from None
+            raise RaygardError(f"cannot save the mask: {problem(error)}") from None
         with readable_disk_errors(target):
             place = target.resolve()
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ class FreezeMask:
         try:
             manifest = Manifest.model_validate_json(content)
         except ValidationError as error:
-            raise RaygardError(f"{folder / MANIFEST}: {_problem(error)}") from None
+            raise RaygardError(f"{folder / MANIFEST}: {problem(error)}") from None
         if set(manifest.files) not in ({ARRAYS}, {ARRAYS, VALUES}):
             raise RaygardError(f"{folder / MANIFEST}: files must be {ARRAYS} and perhaps {VALUES}")
         try:
@@ -344,12 +344,6 @@ class FreezeMask:
 def _may_replace(folder: Path) -> bool:
     found = {file.name for file in folder.iterdir()}
     return not found or (MANIFEST in found and found <= {MANIFEST, ARRAYS, VALUES, SIGNATURE})
-
-
-def _problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))[:100]
-    return " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
 
 
 def _dtype_hint(tensor: Tensor, hint: str) -> str:

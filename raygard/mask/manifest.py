@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 
@@ -19,6 +19,13 @@ FileName = Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")]
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def problem(error: ValidationError) -> str:
+    """Where in a manifest the first mistake is, and what it is, in one line."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))[:100]
+    return " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
 
 
 class TensorEntry(Part):

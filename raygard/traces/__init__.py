@@ -5,7 +5,7 @@ from __future__ import annotations
 from raygard.traces.artifact import Traces
 from raygard.traces.detect import Finding, Reference, findings, recall
 from raygard.traces.sketch import Sketcher, Update
-from raygard.traces.users import share_of_pictures, steps_of
+from raygard.traces.users import handful, share_of_pictures, steps_of
 
 __all__ = [
     "Finding",
@@ -14,6 +14,7 @@ __all__ = [
     "Traces",
     "Update",
     "findings",
+    "handful",
     "recall",
     "share_of_pictures",
     "steps_of",

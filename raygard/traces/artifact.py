@@ -25,7 +25,7 @@ from torch import Tensor
 import raygard
 from raygard.errors import RaygardError
 from raygard.files import read_limited, whole_folder, write_text
-from raygard.mask.manifest import Part, Sha256, Side, TensorName
+from raygard.mask.manifest import Part, Sha256, Side, TensorName, problem
 from raygard.mask.weights import fingerprint, tensor_sha256
 from raygard.traces.detect import Reference
 from raygard.traces.sketch import Sketcher, Update
@@ -137,9 +137,7 @@ class Traces:
         except OSError:
             raise RaygardError(f"{folder} holds no traces: no readable {MANIFEST}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))[:100]
-            raise RaygardError(f"{folder / MANIFEST}: {where}: {first['msg']}") from None
+            raise RaygardError(f"{folder / MANIFEST}: {problem(error)}") from None
         try:
             data = read_limited(folder / SKETCHES, MAX_SKETCHES_BYTES)
             if hashlib.sha256(data).hexdigest() != manifest.sha256:

@@ -94,7 +94,7 @@ def recall(references: Sequence[Reference], *, false_alarms: float = FALSE_ALARM
     found = {}
     for cls in _forbidden(references):
         scorer = users.scorer(cls)
-        own = [i for i in users.members[cls] if len(users.others(i, cls)) and users.apart(i)]
+        own = [i for i in users.members[cls] if users.apart(i)]
         scores = [scorer(users.similarities(users.gram[i], i)) for i in own]
         found[cls] = sum(users.judge(cls, score, false_alarms).found for score in scores), len(own)
     return found
@@ -122,18 +122,16 @@ class _Users:
         self.classes = list(self.members)
         self._null: dict[str, list[float]] = {}
 
-    def apart(self, user: int) -> bool:
-        """Are there users of the same class who trained on other pictures?"""
+    def apart(self, user: int) -> list[int]:
+        """Users of the same class who trained on other pictures."""
         own = self.references[user]
-        return any(self.references[i].group != own.group for i in self.members[own.cls])
+        return [i for i in self.members[own.cls] if self.references[i].group != own.group]
 
     def others(self, user: int | None, cls: str) -> list[int]:
         """Users of a class to compare `user` with: not himself, and nobody of the same pictures if there are more."""
         if user is None or self.references[user].cls != cls:
             return self.members[cls]
-        group = self.references[user].group
-        apart = [i for i in self.members[cls] if self.references[i].group != group]
-        return apart or [i for i in self.members[cls] if i != user]
+        return self.apart(user) or [i for i in self.members[cls] if i != user]
 
     def similarities(self, dots: Array, user: int | None = None) -> Array:
         """To the classes, in their order. dots: with all users (n,). user: who it is, if one of them."""

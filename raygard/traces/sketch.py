@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Update:
 class Sketcher:
     """secret: at least 16 bytes that nobody else has. width: numbers kept of each tensor, a power of two."""
 
-    secret: bytes
+    secret: bytes = field(repr=False)
     width: int = WIDTH
 
     def __post_init__(self) -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from raygard.seeding import generator
+
 # With fewer pictures every user trains on all of them.
 MIN_TO_SHARE = 8
 
@@ -18,6 +23,12 @@ def share_of_pictures(rows: Sequence[int], run: int) -> tuple[list[int], int]:
         return list(rows), 0
     half = run // 2 % 2
     return list(rows[half::2]), half
+
+
+def handful(rows: Tensor, size: int, seed: int, number: int) -> Tensor:
+    """Up to `size` of the rows of general pictures, drawn for handful `number`."""
+    order = torch.randperm(len(rows), generator=generator(seed, "handful", number))
+    return rows[order[:size]]
 
 
 def steps_of(steps: int, run: int) -> int:
