@@ -5,8 +5,9 @@
 
 For each rule, p and seed one mask is made; for each attack one user adapts to each class under it. Every run is
 appended to the results file, also the bad ones. Printed: blocked adaptation of illegal, legal and *unseen* classes
-(legal ones that no rule may look at), mean over seeds with a 95 % t-interval, and the rise of the release's own loss
-on general captions. --swap exchanges illegal and legal: what selects must then select the other way.
+(legal ones that no rule may look at), mean over seeds with a 95 % t-interval, how far the seeds' frozen sets agree
+(and by chance would), and the rise of the release's own loss on general captions. --swap exchanges illegal and legal:
+what selects must then select the other way.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity_bench import ATTACKS, Bench, blocked  # noqa: E402
 from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
-from benchmarks.selectivity_rules import RULES  # noqa: E402
+from benchmarks.selectivity_rules import RULES, WITHOUT_CHANCE  # noqa: E402
+from raygard.defences import seed_agreement  # noqa: E402
 
 COLUMNS = [(role, measure) for measure in ("distance", "loss") for role in ("illegal", "legal", "unseen")]
 GENERAL = ("rehearsed", "kept", "held out")
@@ -55,9 +58,24 @@ def run(bench: Bench, rule: str, p: float, seed: int, attacks: Sequence[str], fo
             **{f"{role} {measure}": blocked(users, role, measure) for role, measure in COLUMNS},
             **{f"general loss, {name}": value for name, value in rise.items()},
             "param_share": mask.ratio_by_params,
+            "frozen": pack(mask.frozen),
             "learn_seconds": round(learn_seconds, 1),
             "users": [asdict(user) for user in users],
         }
+
+
+def pack(frozen: Tensor) -> str:
+    """Which tensors are frozen, bool (N,), as one character each."""
+    return "".join("01"[flag] for flag in frozen.tolist())
+
+
+def agreement(rows: Sequence[dict[str, Any]]) -> str:
+    """Overlap of the frozen sets of all pairs of seeds and, in brackets, what chance gives; a dash for one seed."""
+    sets = [torch.tensor([flag == "1" for flag in row["frozen"]]) for row in rows if "frozen" in row]
+    if len(sets) < 2:
+        return "-"
+    found = seed_agreement(sets)
+    return f"{found['seed_agreement']:.2f} ({found['seed_agreement_chance']:.2f})"
 
 
 def interval(values: Sequence[float | None]) -> str:
@@ -80,13 +98,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["rule"], row["p"], row["attack"]), []).append(row)
     heads = "".join(f"{f'{role}, {measure}':<22}" for role, measure in COLUMNS)
-    lines = [f"{'rule':<15}{'p':>5} {'attack':<11}{'seeds':>6}{'params':>7}  {heads}general loss: {', '.join(GENERAL)}"]
+    first = f"{'rule':<18}{'p':>5} {'attack':<11}{'seeds':>6} {'agreement':<13}{'params':>7}"
+    lines = [f"{first}  {heads}general loss: {', '.join(GENERAL)}"]
     for (rule, p, attack), own in sorted(groups.items()):
         cells = "".join(f"{interval([row[f'{role} {measure}'] for row in own]):<22}" for role, measure in COLUMNS)
         share = statistics.fmean(row["param_share"] for row in own)
         known = {name: [row[name] for row in own if row.get(name) is not None] for name in KEYS}
         rises = " ".join(f"{statistics.fmean(found):+.1%}" if found else "-" for found in known.values())
-        lines.append(f"{rule:<15}{p:>5g} {attack:<11}{len(own):>6}{share:>7.1%}  {cells}{rises}")
+        lines.append(f"{rule:<18}{p:>5g} {attack:<11}{len(own):>6} {agreement(own):<13}{share:>7.1%}  {cells}{rises}")
     return "\n".join(lines)
 
 
@@ -118,7 +137,7 @@ def main() -> None:
     rows = []
     for p in arguments.p:
         for rule in rules:
-            for seed in range(arguments.seeds):
+            for seed in range(1 if rule in WITHOUT_CHANCE else arguments.seeds):
                 folder = (
                     arguments.cache / "masks" / f"{arguments.domain}{'-swap' * arguments.swap}-{rule}-p{p:g}-{seed}"
                 )
