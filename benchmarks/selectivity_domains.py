@@ -64,3 +64,6 @@ DOMAINS: dict[str, Callable[[Path, Path | None, Sequence[str]], Bench]] = {
     "faces-small": faces_small,
     "one-style": one_style,
 }
+
+# The freeze ratio rules are compared at: where freezing the largest tensors blocks most of what users learn.
+FREEZE_RATIOS = {"emoji-styles": 0.3, "faces-small": 0.5, "one-style": 0.3}
