@@ -3,7 +3,8 @@
     python benchmarks/selectivity_report.py [--results FILE] [--front FILE.png]
     python benchmarks/selectivity_report.py --samples FILE.png --mask FOLDER --domain emoji-styles --cache DIR
 
---front: mitigation against legal impact by scorer, a point for each rule, p and seed, and the target's corner.
+--front: mitigation against legal impact by scorer, a point for each rule, p and seed, the negative controls, and the
+target's corner.
 --samples: what users draw after learning each class from the release, without and with a mask the bench has kept.
 """
 
@@ -30,41 +31,45 @@ from raygard.mask import FreezeMask  # noqa: E402
 
 TARGET = (0.05, 0.5)
 LIMIT = 1.7
+# A control, and the domain it is shown with.
+CONTROL = ("one-style", "emoji-styles")
+
+
+def label(row: dict[str, Any]) -> str:
+    """The rule, and what kind of control the run was."""
+    control = ", one style" * (row["domain"] == CONTROL[0]) + ", roles exchanged" * row["swap"]
+    return str(row["rule"]) + control
 
 
 def front(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel for each domain; the plain attack only."""
+    """One panel for each domain, its controls in it; the plain attack only."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if not row["swap"] and not row["overrides"]]
-    domains = sorted({row["domain"] for row in rows})
-    rules = sorted({row["rule"] for row in rows})
-    figure = Figure(figsize=(6.2 * len(domains), 4.6), layout="constrained")
+    plain = [row for row in rows if not row["overrides"] and row["attack"] == "plain"]
+    domains = sorted({row["domain"] for row in plain} - {CONTROL[0]})
+    labels = sorted(set(map(label, plain)))
+    figure = Figure(figsize=(7.4 * len(domains), 4.8), layout="constrained")
     for axes, domain in zip(np.atleast_1d(figure.subplots(1, len(domains))), domains, strict=True):
-        own = [row for row in rows if row["domain"] == domain and row["attack"] == "plain"]
+        own = [row for row in plain if row["domain"] == domain or (row["domain"], domain) == CONTROL]
         outside = sum(row["illegal distance"] > LIMIT or row["legal distance"] > LIMIT for row in own)
-        for number, rule in enumerate(rules):
-            if not any(row["rule"] == rule for row in own):
-                continue
+        for number, name in enumerate(labels):
+            points = [row for row in own if label(row) == name]
             for filled, role in ((True, "legal"), (False, "unseen")):
-                points = [
-                    (row[f"{role} distance"], row["illegal distance"], row["p"]) for row in own if row["rule"] == rule
-                ]
                 axes.scatter(
-                    [x for x, _, _ in points],
-                    [y for _, y, _ in points],
-                    s=[30 + 90 * p for _, _, p in points],
+                    [row[f"{role} distance"] for row in points],
+                    [row["illegal distance"] for row in points],
+                    s=[30 + 90 * row["p"] for row in points],
                     marker="osD^v<>PX*hd"[number % 12],
                     color=f"C{number % 10}" if filled else "none",
                     edgecolors=f"C{number % 10}",
-                    label=rule if filled else None,
+                    label=name if filled and points else None,
                 )
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
         low = min(-0.6, axes.get_xlim()[0])
         axes.fill_between([low, TARGET[0]], TARGET[1], 3.0, color="tab:green", alpha=0.12, linewidth=0)
-        axes.set(xlim=(low, LIMIT), ylim=(-0.1, LIMIT), title=f"{domain} ({outside} masks beyond the axes)")
+        axes.set(xlim=(low, LIMIT), ylim=(-0.3, LIMIT), title=f"{domain} ({outside} masks beyond the axes)")
         axes.set(xlabel="legal impact (hollow: unseen legal classes)", ylabel="mitigation")
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
