@@ -31,10 +31,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity_bench import ATTACKS, Bench, blocked  # noqa: E402
-from benchmarks.selectivity_domains import DOMAINS, FREEZE_RATIOS  # noqa: E402
+from benchmarks.selectivity_domains import DOMAINS, open_bench  # noqa: E402
 from benchmarks.selectivity_rules import RULES, WITHOUT_CHANCE  # noqa: E402
 from raygard.defences import seed_agreement  # noqa: E402
-from raygard.errors import RaygardError  # noqa: E402
 
 COLUMNS = [(role, measure) for measure in ("distance", "loss") for role in ("illegal", "legal", "unseen")]
 GENERAL = ("rehearsed", "kept", "held out")
@@ -115,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rules", default="all", help=f"all, or some of {','.join(RULES)}")
     parser.add_argument("--domain", choices=sorted(DOMAINS), default="emoji-styles")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--p", type=float, nargs="+", help="default 0.3, for faces-small 0.5")
+    parser.add_argument("--p", type=float, nargs="+", help="default: the domain's mask.freeze_ratio")
     parser.add_argument("--attacks", default="plain", help=f"some of {','.join(ATTACKS)}")
     parser.add_argument("--swap", action="store_true", help="exchange illegal and legal classes")
     parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
@@ -129,17 +128,14 @@ def main() -> None:
         for name in set(names).difference(known):
             parser.error(f"'{name}' is not one of {', '.join(known)}")
     torch.set_num_threads(1)
-    try:
-        bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, arguments.overrides)
-    except RaygardError as error:
-        parser.error(str(error))
+    bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, arguments.overrides)
     if arguments.swap:
         domain = bench.config.domain
         swapped = domain.model_copy(update={"illegal": domain.legal, "legal": domain.illegal})
         bench = replace(bench, config=bench.config.model_copy(update={"domain": swapped}))
     about = {"domain": arguments.domain, "swap": arguments.swap, "overrides": arguments.overrides}
     rows = []
-    for p in arguments.p or [FREEZE_RATIOS[arguments.domain]]:
+    for p in arguments.p or [bench.config.mask.freeze_ratio]:
         for rule in rules:
             for seed in range(1 if rule in WITHOUT_CHANCE else arguments.seeds):
                 folder = (

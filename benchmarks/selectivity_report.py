@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity import table  # noqa: E402
 from benchmarks.selectivity_bench import ATTACKS, Bench  # noqa: E402
-from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
+from benchmarks.selectivity_domains import DOMAINS, open_bench  # noqa: E402
 from raygard.mask import FreezeMask  # noqa: E402
 
 TARGET = (0.05, 0.5)
@@ -102,7 +102,7 @@ def main() -> None:
         if arguments.mask is None:
             parser.error("--samples needs --mask")
         torch.set_num_threads(1)
-        bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [])
+        bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, [])
         samples(bench, FreezeMask.load(arguments.mask), arguments.samples)
         return
     rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]

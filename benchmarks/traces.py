@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity_bench import ALIASES, Bench  # noqa: E402
-from benchmarks.selectivity_domains import DOMAINS  # noqa: E402
+from benchmarks.selectivity_domains import open_bench  # noqa: E402
 from benchmarks.selectivity_rules.freeze import largest_names  # noqa: E402
 from raygard.adaptation import full, lora  # noqa: E402
 from raygard.config import AdaptConfig  # noqa: E402
@@ -139,7 +139,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
     """Run every user and append what was found to the results file."""
     overrides, unseen = SETTINGS[arguments.domain]
-    bench = DOMAINS[arguments.domain](arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
+    bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
     bench = replace(bench, unseen=[cls for cls in unseen if cls not in bench.classes])
     sketcher = Sketcher(SECRET)
     known = references(bench, sketcher, arguments.runs, arguments.references)
