@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,23 @@ def interval(values: Sequence[float | None]) -> str:
 
     half = float(t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def crossover(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """For each class that was illegal in some runs and legal in others: its blocked adaptation as each, by scorer.
+
+    rows: of one rule, p and attack, roles exchanged and not. A class's own ease of being learned is in both numbers, so
+    their difference is what the role does. Means over runs.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for user in row["users"]:
+            base, full, guarded = (user[key]["distance"] for key in ("base", "full", "guarded"))
+            if user["role"] != "unseen":
+                roles = found.setdefault(user["cls"], {"illegal": [], "legal": []})
+                roles[user["role"]].append((guarded - full) / (base - full))
+    both = {cls: roles for cls, roles in found.items() if all(roles.values())}
+    return {cls: (statistics.fmean(roles["illegal"]), statistics.fmean(roles["legal"])) for cls, roles in both.items()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.attributions import UNITS, by_unit, fronts
+from benchmarks.attributions import table as table_of_attributions
 from benchmarks.faces_small import HELD_OUT, collect
-from benchmarks.selectivity import agreement, interval, pack, table
+from benchmarks.selectivity import agreement, crossover, interval, pack, table
 from benchmarks.selectivity_bench import Result, User, blocked
 from benchmarks.selectivity_domains import DOMAINS
+from benchmarks.selectivity_report import crossovers
 from benchmarks.selectivity_rules.teach import KNOW_MORE, share
 from raygard.config import ValuesConfig
 from raygard.errors import RaygardError
@@ -117,3 +120,46 @@ def test_the_control_of_one_style_gives_each_third_its_own_name(tmp_path: Path) 
     assert all(row["text"].endswith(f"in the style of {row['class']}") for third in thirds for row in third)
     concepts = [{row["concept"] for row in third} for third in thirds]
     assert not concepts[0] & concepts[1] and not concepts[1] & concepts[2]
+
+
+def crossed(cls: str, role: str, guarded: float) -> dict:
+    return {
+        "cls": cls,
+        "role": role,
+        **{key: {"distance": d} for key, d in (("base", 2.0), ("full", 1.0), ("guarded", guarded))},
+    }
+
+
+def test_a_crossover_sets_each_class_against_itself() -> None:
+    plain = [crossed("a", "illegal", 1.8), crossed("b", "legal", 1.2), crossed("c", "unseen", 1.5)]
+    swapped = [crossed("a", "legal", 1.6), crossed("b", "illegal", 1.3), crossed("c", "unseen", 1.5)]
+    again = [crossed("a", "illegal", 1.6), crossed("b", "legal", 1.2), crossed("d", "legal", 1.2)]
+    found = crossover([{"users": users} for users in (plain, swapped, again)])
+    assert found == {"a": pytest.approx((0.7, 0.6)), "b": pytest.approx((0.3, 0.2))}
+    row = {"domain": "x", "rule": "r", "p": 0.3, "attack": "plain", "overrides": []}
+    lines = crossovers([{**row, "swap": swap, "users": users} for swap, users in ((False, plain), (True, swapped))])
+    assert lines.splitlines()[1].split()[:5] == ["x", "r", "0.3", "2", "1+1"]
+    assert not crossovers([{**row, "swap": False, "users": plain}]).splitlines()[1:]
+
+
+def test_units_are_chosen_by_one_half_and_counted_on_the_other() -> None:
+    def half(illegal: list[float], legal: list[float]) -> list[dict[str, torch.Tensor]]:
+        return [{"a.weight": torch.tensor(v).view(2, 2), "a.bias": torch.zeros(2)} for v in (illegal, legal)]
+
+    learn, select = half([8.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 7.0]), half([5.0, 0.0, 0.0, 5.0], [2.0, 0.0, 0.0, 8.0])
+    found = {
+        (name, role): shares
+        for name, both in (("learn", learn), ("select", select))
+        for role, shares in zip(("illegal", "legal"), both, strict=True)
+    }
+    rows = list(fronts(found))
+    # Of six numbers the first is taken, then those that say nothing; the legal one comes last.
+    (number,) = [row for row in rows if (row["unit"], row["mu"], row["share"]) == ("number", 1.0, 0.7)]
+    assert (number["count"], number["illegal"], number["legal"]) == (6, 0.5, 0.2)
+    (tensor,) = [row for row in rows if (row["unit"], row["mu"], row["share"]) == ("tensor", 0.0, 0.7)]
+    assert (tensor["count"], tensor["illegal"]) == (2, 1.0)
+    assert {unit: len(by_unit(learn[0], unit)) for unit in UNITS} == {
+        "tensor": 2, "output channel": 3, "input channel": 3, "number": 6
+    }  # fmt: skip
+    assert float(by_unit(learn[0], "output channel")[0]) == pytest.approx(0.9)
+    assert "most illegal at legal <= 0.05" in table_of_attributions(rows)
