@@ -15,6 +15,7 @@ from tests.faults.nodes import Watch, last_step
 pytestmark = pytest.mark.faults
 
 TWO_SHARDED = ("engine.num_workers=2", "engine.zero_stage=3")
+SHARD = "state-00001-theta.safetensors"
 
 
 def workers() -> list[psutil.Process]:
@@ -50,26 +51,20 @@ def test_killed_worker_resumes_to_the_same_logits(setting, undisturbed, tmp_path
     report_fault("worker killed", f"{watch.repeated} publisher steps", watch.recovered_s)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_shard_means_the_checkpoint_before_it(
-    setting, undisturbed, tmp_path, report_fault, damage: str
-) -> None:
+def test_damaged_shards_mean_the_checkpoint_before_them(setting, undisturbed, tmp_path, report_fault) -> None:
     from raygard.cluster.training import learn
 
     history = tmp_path / "history.jsonl"
-    config = setting.config(*TWO_SHARDED, "engine.max_failures=0")
-    cut_off = Watch(history, 5, lambda: workers()[-1].kill())
+    config = setting.config(*TWO_SHARDED, "engine.max_failures=0", "engine.checkpoints_total_limit=3")
+    cut_off = Watch(history, 7, lambda: workers()[-1].kill())
     with pytest.raises(Exception, match="Training failed due to worker errors"):
         learn(config, setting.cache, setting.relearned, 0, tmp_path)
     cut_off.end()
     whole = [path for path in sorted(tmp_path.glob("ray/train/checkpoint_*")) if find_damage(path, 0, 1) is None]
-    assert len(whole) >= 2
-    shard = whole[-1] / "state-00001-theta.safetensors"
-    if damage == "missing":
-        shard.unlink()
-    else:
-        os.truncate(shard, shard.stat().st_size // 2)
-    expected = last_step(history) + 1 - read_manifest(whole[-2])["k"]
+    assert len(whole) >= 3
+    (whole[-1] / SHARD).unlink()
+    os.truncate(whole[-2] / SHARD, (whole[-2] / SHARD).stat().st_size // 2)
+    expected = last_step(history) + 1 - read_manifest(whole[-3])["k"]
 
     started = time.monotonic()
     watch = Watch(history, 0, lambda: None)
@@ -79,4 +74,4 @@ def test_damaged_shard_means_the_checkpoint_before_it(
     assert history.read_text() == undisturbed[1]
     assert watch.repeated == expected > 0
     seconds = watch.struck_at - started + watch.recovered_s
-    report_fault(f"checkpoint shard {damage}", f"{watch.repeated} publisher steps", seconds)
+    report_fault("checkpoint shards missing and truncated", f"{watch.repeated} publisher steps", seconds)
