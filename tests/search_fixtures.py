@@ -40,8 +40,7 @@ SETTINGS = (
     "evaluation.random_draws=1",
     "evaluation.bootstrap_samples=200",
     "search.freeze_ratios=[0.3,0.7]",
-    # Not the L of `bilevel`, so that K x L is held while K changes.
-    "search.inner_steps=[4]",
+    "search.inner_steps=[2,4]",
     "search.controls=[random-matched]",
     "search.fidelities=[0.5,1.0]",
 )
@@ -73,7 +72,7 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def searched(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Directory and output of a finished search: two p, one domain."""
+    """Directory and output of a finished search: two p, two L, one domain."""
     out = tmp_path_factory.mktemp("searched") / "search"
     process = start_search(patterns, out)
     output = process.communicate(timeout=1200)[0]
@@ -104,7 +103,7 @@ def check_hierarchy(uri: str, choice: Mapping[str, Any]) -> None:
     parents = {run.info.run_name: by_id.get(run.data.tags.get("mlflow.parentRunId")) for run in runs}
     (top,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     trials = [run for run in runs if run.info.run_name.startswith("p0.")]
-    assert len(trials) == 2
+    assert len(trials) == 4
     for trial in trials:
         assert by_id[trial.data.tags["mlflow.parentRunId"]] is top and trial.info.status == "FINISHED"
         # MLflow's compare page shows what was logged first.
@@ -126,4 +125,4 @@ def check_hierarchy(uri: str, choice: Mapping[str, Any]) -> None:
         assert version.tags["raygard.mask_sha256"] == choice["chosen"]["mask_sha256"]
         assert float(version.tags["raygard.mitigation"]) == pytest.approx(choice["outcome"]["mitigation"])
     found = client.search_runs(experiments, "params.p = '0.3' and metrics.mitigation > -9")
-    assert len(found) == 1
+    assert len(found) == 2
