@@ -6,19 +6,22 @@ discriminates; these rules differ in strength for a share of parameters, and not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
 
 from benchmarks.selectivity_bench import Bench
 from raygard.baselines import NEED_RELEARNED, choose_frozen, relative_change
+from raygard.bilevel import BilevelOptimizer
 from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, alternate
 from raygard.bilevel.rules import make_rule
 from raygard.bilevel.segments import ShardLayout
 from raygard.cluster.worker import batch_sources, make_optimizer, make_schedule, rule_settings
+from raygard.config import RunConfig
 from raygard.defences import make_mask
-from raygard.diffusion.model import load_denoiser
+from raygard.diffusion.cache import LatentSet
+from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.mask import FreezeMask
 from raygard.seeding import generator
 
@@ -57,20 +60,25 @@ def control(name: str, like: Rule | None = None) -> Rule:
 def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
     """Algorithm 1 as `raygard learn` runs it, in one process."""
     config = bench.config.model_copy(update={"mask": bench.config.mask.model_copy(update={"freeze_ratio": p})})
+    optimizer = learn_in_one_process(config, bench.learn, bench.relearned, seed)
+    return make_mask(config, optimizer.logits, optimizer.soft, seed)
+
+
+def learn_in_one_process(
+    config: RunConfig, data: LatentSet, relearned: Mapping[str, torch.Tensor], seed: int
+) -> BilevelOptimizer:
+    """Algorithm 1 to its end, without Ray and DeepSpeed; the optimizer with its logits."""
     unet = load_denoiser(config.model)
-    rule = make_rule(config.mask.rule, rule_settings(config, sizes(bench), seed))
+    released = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    numels = {name: value.numel() for name, value in released.items()}
+    rule = make_rule(config.mask.rule, rule_settings(config, torch.tensor(list(numels.values())), seed))
     optimizer = make_optimizer(config, unet.parameters(), rule)
-    optimizer.bind(
-        list(unet.parameters()),
-        ShardLayout.dense({name: value.numel() for name, value in bench.base.items()}),
-        bench.base,
-        bench.relearned,
-    )
-    engine = PlainEngine(DenoiserLoss(unet, bench.loss), optimizer)
-    sources = batch_sources(config, bench.learn, False, seed)
+    optimizer.bind(list(unet.parameters()), ShardLayout.dense(numels), released, relearned)
+    engine = PlainEngine(DenoiserLoss(unet, load_loss(config.model)), optimizer)
+    sources = batch_sources(config, data, False, seed)
     for _ in alternate(engine, optimizer, *sources, make_schedule(config, False, 0, 1)):
         pass
-    return make_mask(config, optimizer.logits, optimizer.soft, seed)
+    return optimizer
 
 
 RULES: dict[str, Rule] = {

@@ -8,15 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raygard.bilevel import ShardLayout
-from raygard.bilevel.alternation import DenoiserLoss, PlainEngine, alternate
-from raygard.bilevel.rules import make_rule
-from raygard.cluster.worker import batch_sources, make_optimizer, make_schedule, rule_settings
-from raygard.config import RunConfig
+from benchmarks.selectivity_rules.freeze import learn_in_one_process
 from raygard.diffusion.cache import load_cache
-from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
-from tests.ray_fixtures import Setting
 
 pytestmark = pytest.mark.distributed
 
@@ -37,25 +31,17 @@ def test_two_workers_zero3_equal_one_worker_stage0(setting, undisturbed, tmp_pat
 def test_streamed_gradients_give_the_mask_of_plain_ones(setting, tmp_path) -> None:
     from raygard.cluster.training import learn
 
-    streamed = ("engine.num_workers=1", "engine.zero_stage=0", "engine.stream_gradients=true")
-    config = setting.config(*streamed, "engine.theta_d_device=cpu", "bilevel.max_grad_norm=0")
-    logits, _ = learn(config, setting.cache, setting.relearned, 0, tmp_path)
-    torch.testing.assert_close(logits, in_one_process(config, setting), rtol=0, atol=1e-6)
-
-
-def in_one_process(config: RunConfig, setting: Setting) -> torch.Tensor:
-    """Logits of the same run with plain gradients, without Ray and DeepSpeed."""
-    unet, relearned = load_denoiser(config.model), load_file(setting.relearned)
-    released = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    sizes = {name: p.numel() for name, p in released.items()}
-    rule = make_rule(config.mask.rule, rule_settings(config, torch.tensor(list(sizes.values())), 0))
-    optimizer = make_optimizer(config, unet.parameters(), rule)
-    optimizer.bind(list(unet.parameters()), ShardLayout.dense(sizes), released, relearned)
-    engine = PlainEngine(DenoiserLoss(unet.train(), load_loss(config.model)), optimizer)
-    sources = batch_sources(config, load_cache(setting.cache), False, 0)
-    for _ in alternate(engine, optimizer, *sources, make_schedule(config, False, 0, 1)):
-        pass
-    return optimizer.logits
+    options = ("engine.num_workers=1", "engine.zero_stage=0", "bilevel.max_grad_norm=0")
+    streamed = ("engine.stream_gradients=true", "engine.checkpointing_steps=7")
+    cases = [(*streamed, "engine.theta_d_device=cpu"), (*streamed, "engine.mixed_precision=bf16")]
+    same, half = (
+        learn(setting.config(*options, *more), setting.cache, setting.relearned, 0, tmp_path / str(number))[0]
+        for number, more in enumerate(cases)
+    )
+    data, relearned = load_cache(setting.cache), load_file(setting.relearned)
+    plain = learn_in_one_process(setting.config(*options), data, relearned, 0).logits
+    torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
+    assert torch.corrcoef(torch.stack([half, plain]))[0, 1] > 0.9
 
 
 def test_history_is_the_mean_over_workers(setting, undisturbed) -> None:
