@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
+SENT = "raygard faults"
 HEAD = ("fault", "what was lost", "time to recover")
 
 ReportFault = Callable[[str, str, float], None]
@@ -24,6 +26,19 @@ def report_fault(pytestconfig: pytest.Config) -> ReportFault:
         pytestconfig.stash[ROWS].append((fault, lost, f"{seconds:.0f} s"))
 
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist sends its rows to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[SENT] = session.config.stash[ROWS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # A process that died has sent nothing.
+    rows = getattr(node, "workeroutput", {}).get(SENT, [])
+    node.config.stash[ROWS].extend(tuple(row) for row in rows)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
