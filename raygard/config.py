@@ -24,6 +24,9 @@ from raygard.values_config import ValuesConfig
 
 # Rules of `mask.rule` that choose tensors without learning anything.
 UNLEARNED_RULES = ("largest-first",)
+DEFAULT_RULE = "average"
+# Of Eq 5, which a search may vary.
+WEIGHTS = ("illegal_weight", "legal_weight")
 
 
 class ModelConfig(Section):
@@ -90,7 +93,8 @@ class MaskConfig(Section):
         (), description="p is drawn anew from these for each publisher step: one ranking, good at all of them"
     )
     rule: str = Field(
-        "budget", description="update rule of the logits: budget, paper; largest-first learns and relearns nothing"
+        DEFAULT_RULE,
+        description="update rule of the logits: average, budget, paper; largest-first learns and relearns nothing",
     )
     temperature: float = Field(0.2, gt=0, le=100, description="T in m = sigmoid(w / T)")
     mask_lr: float | None = Field(None, gt=0, description="step size of the logits; null: the rule's default")
@@ -161,8 +165,8 @@ class BilevelConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     adam_weight_decay: float = Field(1e-2, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="clips user steps only; 0 switches it off")
-    illegal_weight: float = Field(1.0, ge=0, description="lambda_1 of Eq 5")
-    legal_weight: float = Field(1.0, ge=0, description="lambda_2 of Eq 5")
+    illegal_weight: float = Field(1.0, ge=0, description="lambda_1 of Eq 5; not of rule 'average'")
+    legal_weight: float = Field(1.0, ge=0, description="lambda_2 of Eq 5; not of rule 'average'")
     train_batch_size: int = Field(16, ge=2, description="global batch, half illegal and half legal")
     gradient_accumulation_steps: int = Field(1, ge=1)
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting; off when null")
@@ -408,6 +412,19 @@ class RunConfig(Section):
             draws = rule in RULES and RULES[rule].draws_ratios
             if self.search.mode == "one_ranking" and not draws:
                 raise ValueError(f"search.mode=one_ranking needs a rule that can draw p; '{rule}' cannot")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_an_effect(self) -> RunConfig:
+        from raygard.bilevel.rules import RULES
+
+        given = [
+            *(f"bilevel.{name}" for name in WEIGHTS if getattr(self.bilevel, name) != 1),
+            *(f"search.{name}s" for name in WEIGHTS if getattr(self.search, f"{name}s")),
+        ]
+        for rule in self.search.rules or (self.mask.rule,):
+            if given and rule in RULES and not RULES[rule].weighs_losses:
+                raise ValueError(f"{given[0]} has no effect with rule '{rule}'; remove it, or set mask.rule=budget")
         return self
 
     @model_validator(mode="after")

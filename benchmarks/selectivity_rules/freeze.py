@@ -1,4 +1,4 @@
-"""Which tensors to freeze, values as released: the controls, and the budget rule of Algorithm 1.
+"""Which tensors to freeze, values as released: the controls, and Algorithm 1 by raygard's rules of its mask.
 
 Hypothesis: with classes of one kind the same tensors move for the illegal and the legal, so no choice of whole tensors
 discriminates; these rules differ in strength for a share of parameters, and not in the ratio of illegal to legal.
@@ -56,12 +56,17 @@ def control(name: str, like: Rule | None = None) -> Rule:
     return rule
 
 
-@cache
-def budget(bench: Bench, p: float, seed: int) -> FreezeMask:
-    """Algorithm 1 as `raygard learn` runs it, in one process."""
-    config = bench.config.model_copy(update={"mask": bench.config.mask.model_copy(update={"freeze_ratio": p})})
-    optimizer = learn_in_one_process(config, bench.learn, bench.relearned, seed)
-    return make_mask(config, optimizer.logits, optimizer.soft, seed)
+def learned(rule: str) -> Rule:
+    """Algorithm 1 as `raygard learn` runs it with mask.rule=`rule`, in one process."""
+
+    @cache
+    def learn(bench: Bench, p: float, seed: int) -> FreezeMask:
+        mask = bench.config.mask.model_copy(update={"freeze_ratio": p, "rule": rule})
+        config = bench.config.model_copy(update={"mask": mask})
+        optimizer = learn_in_one_process(config, bench.learn, bench.relearned, seed)
+        return make_mask(config, optimizer.logits, optimizer.soft, seed)
+
+    return learn
 
 
 def learn_in_one_process(
@@ -81,9 +86,12 @@ def learn_in_one_process(
     return optimizer
 
 
+AVERAGE, BUDGET = learned("average"), learned("budget")
 RULES: dict[str, Rule] = {
-    "budget": budget,
+    "average": AVERAGE,
+    "budget": BUDGET,
     **{name: control(name) for name in ("busy-layer", "random", "largest-first")},
-    "random-matched": control("random-matched", like=budget),
+    "random-matched": control("random-matched", like=BUDGET),
+    "random-as-average": control("random-matched", like=AVERAGE),
     "random-as-largest": control("random-matched", like=control("largest-first")),
 }

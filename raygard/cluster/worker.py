@@ -198,8 +198,7 @@ def batch_sources(
 
     if relearning:
         return source("learn_lower", "relearn", config.seed), None
-    # Rule `paper` draws its upper batches from the pictures the user trained on, as the paper does.
-    upper_part = "learn_lower" if config.mask.rule == "paper" else "learn_upper"
+    upper_part = RULES[config.mask.rule].upper_part
     return source("learn_lower", "lower", mask_seed), source(upper_part, "upper", mask_seed)
 
 
@@ -208,7 +207,9 @@ def make_schedule(config: RunConfig, relearning: bool, rank: int, world_size: in
     b = config.bilevel
     # Relearning must not depend on L, so that trials with different L share it: one user step a round.
     inner, rounds = (1, config.relearn.max_train_steps) if relearning else (b.inner_steps, b.publisher_steps)
-    weights = b.illegal_weight, b.legal_weight
+    # What is relearned takes no publisher step, and its mask may be of a rule without an upper loss.
+    weighs = relearning or RULES[config.mask.rule].weighs_losses
+    weights = (b.illegal_weight, b.legal_weight) if weighs else (1.0, 0.0)
     return Schedule(inner, rounds, *weights, b.gradient_accumulation_steps, rank, world_size)
 
 

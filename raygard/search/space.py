@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raygard.config import RunConfig
+from raygard.config import DEFAULT_RULE, RunConfig
 from raygard.errors import RaygardError
 from raygard.seeding import generator
 
@@ -29,7 +29,7 @@ class Point:
         """Name of the trial's folder and of its MLflow run."""
         p = "all-p" if self.freeze_ratio is None else f"p{self.freeze_ratio:g}"
         name = f"{p}-T{self.temperature:g}-L{self.inner_steps}"
-        if (self.illegal_weight, self.legal_weight, self.rule) != (1.0, 1.0, "budget"):
+        if (self.illegal_weight, self.legal_weight, self.rule) != (1.0, 1.0, DEFAULT_RULE):
             name += f"-w{self.illegal_weight:g}-{self.legal_weight:g}-{self.rule}"
         return name
 

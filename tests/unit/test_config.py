@@ -85,7 +85,7 @@ def test_values_are_yaml_as_people_write_it(override: str, expected: object) -> 
         ("mask.freeze_ratio=half", ("mask.freeze_ratio", "got 'half'")),
         ("mask.freeze_ratio=", ("mask.freeze_ratio", "got None")),
         ("mask.rule=budgets", ("mask.rule", "unknown rule 'budgets'", "did you mean 'budget'")),
-        ("mask.sparsity_weight=1", ("mask.sparsity_weight has no effect with mask.rule=budget",)),
+        ("mask.sparsity_weight=1", ("mask.sparsity_weight has no effect with mask.rule=average",)),
         ("engine.zero_stage=4", ("engine.zero_stage", "0, 1, 2 or 3", "got 4")),
         ("engine.mixed_precision=fp8", ("engine.mixed_precision", "'no' or 'bf16'", "got 'fp8'")),
         ("engine.num_workers=0", ("engine.num_workers", "greater than or equal to 1", "got 0")),

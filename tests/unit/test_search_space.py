@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raygard.bilevel.rules import RuleSettings, make_rule
+from raygard.bilevel.rules import RULES, RuleSettings, make_rule
 from raygard.config import RunConfig
 from raygard.config_file import load_config
 from raygard.errors import RaygardError
@@ -125,10 +125,11 @@ def test_bad_search_settings_are_one_line(override: str, says: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_drawing_p_moves_the_budget_from_step_to_step_and_every_rank_draws_alike() -> None:
+@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if rule.draws_ratios))
+def test_drawing_p_moves_the_budget_from_step_to_step_and_every_rank_draws_alike(name: str) -> None:
     ratios = (0.2, 0.5, 0.8)
     settings = RuleSettings(50, 0.3, 0.2, 0.05, 0.0, None, 4, ratios)
-    rules = [make_rule("budget", settings) for _ in range(2)]
+    rules = [make_rule(name, settings) for _ in range(2)]
     states = [rule.initial() for rule in rules]
     signals = torch.randn(30, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = set()

@@ -15,7 +15,7 @@ from raygard.tracking import Tracker
 POINT = {"freeze_ratio": 0.3, "temperature": 0.2, "inner_steps": 5, "publisher_steps": 30}
 POINT |= {"rule": "budget", "illegal_weight": 1.0, "legal_weight": 0.5}
 SECONDS = {"learn": 1.0, "adapt": 2.0, "generate": 3.0, "score": 4.0, "total": 10.0}
-OVERRIDES = ("search.freeze_ratios=[0.3,0.5]", "search.legal_weights=[0.5,1.0]")
+OVERRIDES = ("mask.rule=budget", "search.freeze_ratios=[0.3,0.5]", "search.legal_weights=[0.5,1.0]")
 
 
 @pytest.fixture(scope="module")

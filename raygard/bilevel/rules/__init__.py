@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from raygard.bilevel.rules.average import AverageRule
 from raygard.bilevel.rules.budget import BudgetRule
 from raygard.bilevel.rules.paper import PaperRule
 
@@ -35,11 +36,17 @@ class RuleSettings:
 
 
 class Rule(Protocol):
-    """The common signature."""
+    """The common signature.
+
+    weighs_losses: whether `bilevel.illegal_weight` and `legal_weight` mean something to it; else L_upper is -L_illegal.
+    upper_part: pictures of the publisher's half that upper batches are drawn from.
+    """
 
     default_mask_lr: ClassVar[float]
     uses_sparsity_weight: ClassVar[bool]
     draws_ratios: ClassVar[bool]
+    weighs_losses: ClassVar[bool]
+    upper_part: ClassVar[str]
 
     def __init__(self, settings: RuleSettings) -> None: ...
 
@@ -56,7 +63,7 @@ class Rule(Protocol):
         ...
 
 
-RULES: dict[str, type[Rule]] = {"budget": BudgetRule, "paper": PaperRule}
+RULES: dict[str, type[Rule]] = {"average": AverageRule, "budget": BudgetRule, "paper": PaperRule}
 
 
 def make_rule(name: str, settings: RuleSettings) -> Rule:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from raygard.mask.soft import shift_to_budget, soft_mask
-from raygard.seeding import generator
+from raygard.bilevel.rules.projection import to_budget
+from raygard.mask.soft import soft_mask
 
 if TYPE_CHECKING:
     from raygard.bilevel.rules import RuleSettings, RuleState
@@ -29,6 +29,8 @@ class BudgetRule:
     default_mask_lr: ClassVar[float] = 0.05
     uses_sparsity_weight: ClassVar[bool] = False
     draws_ratios: ClassVar[bool] = True
+    weighs_losses: ClassVar[bool] = True
+    upper_part: ClassVar[str] = "learn_upper"
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings
@@ -36,7 +38,7 @@ class BudgetRule:
     def initial(self) -> RuleState:
         zeros = torch.zeros(self.settings.num_tensors, dtype=torch.float64)
         return {
-            "logits": self._project(zeros, 0),
+            "logits": to_budget(self.settings, zeros, 0),
             "exp_avg": zeros.clone(),
             "exp_avg_sq": zeros.clone(),
             "step": torch.zeros((), dtype=torch.float64),
@@ -54,12 +56,4 @@ class BudgetRule:
         mean = state["exp_avg"] / (1 - BETA1 ** state["step"])
         spread = (state["exp_avg_sq"] / (1 - BETA2 ** state["step"])).sqrt()
         logits = state["logits"] - self.settings.mask_lr * mean / (spread + EPSILON)
-        state["logits"] = self._project(logits, int(state["step"]))
-
-    def _project(self, logits: Tensor, step: int) -> Tensor:
-        s = self.settings
-        ratio = s.freeze_ratio
-        if s.draw_ratios:
-            drawn = torch.randint(len(s.draw_ratios), (), generator=generator(s.seed, "freeze ratio", step))
-            ratio = s.draw_ratios[int(drawn)]
-        return shift_to_budget(logits, s.temperature, ratio, s.weights)
+        state["logits"] = to_budget(self.settings, logits, int(state["step"]))

@@ -23,6 +23,9 @@ class PaperRule:
     default_mask_lr: ClassVar[float] = 10.0
     uses_sparsity_weight: ClassVar[bool] = True
     draws_ratios: ClassVar[bool] = False
+    weighs_losses: ClassVar[bool] = True
+    # As the paper does.
+    upper_part: ClassVar[str] = "learn_lower"
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings
