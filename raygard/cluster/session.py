@@ -45,7 +45,11 @@ def ray_session(local_cpus: int | None = None, *, state_api: bool = False) -> It
         variables = {}
     else:
         port = _free_port()
-        variables = {"RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{port}"}
+        variables = {
+            "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{port}",
+            # No cloud takes this machine back, and the process that would watch for it starts with every training run.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        }
         # With the dashboard off, fewer processes start and nothing listens beyond what Ray itself needs.
         options |= {
             "address": "local",

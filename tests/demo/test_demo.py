@@ -59,7 +59,7 @@ def test_outcome_follows_its_schema_and_counts_every_cell(demo) -> None:
 
 def test_mask_freezes_exactly_its_share_and_every_audit_passed(demo) -> None:
     mask = FreezeMask.load(demo[0] / "mask")
-    assert int(mask.frozen.sum()) == round(0.3 * len(mask.names))
+    assert int(mask.frozen.sum()) == round(0.05 * len(mask.names))
     results = [json.loads(f.read_text()) for f in (demo[0] / "evaluation" / "jobs").glob("*/result.json")]
     assert all(result["audit_ok"] for result in results if result["defence"] not in ("base", "none"))
 
