@@ -1,11 +1,11 @@
 """Rule `average`: logits follow the sum of all signals so far, of the illegal loss alone; mean(m) = p held exactly.
 
-The signal s_i = dL_upper/dm_i is what tensor i gives a user. Adam (rule `budget`) divides it by its own size, tensor by
-tensor, and forgets it after some ten steps: tensors that hardly matter then count as much as those that do, and two
-seeds agree on half of what they freeze. Here all tensors share one scale and no step is forgotten, as in dual averaging
-(Nesterov 2009, doi 10.1007/s10107-007-0149-x). L_upper is -L_illegal, on the pictures the user trains on: what illegal
-and legal pictures say of a tensor is the same up to noise, and their difference is most of that noise; of a class with
-few pictures, the loss on further ones rises while a user learns it (docs/selectivity.md).
+The signal s_i = dL_upper/dm_i, negated, is what tensor i gives the illegal user. Adam (rule `budget`) divides it by its
+own size, tensor by tensor, and forgets it after some ten steps: tensors that hardly matter then count as much as those
+that do, and two seeds agree on half of what they freeze. Here all tensors share one scale and no step is forgotten, as
+in dual averaging (Nesterov 2009, doi 10.1007/s10107-007-0149-x). L_upper is -L_illegal, on the pictures the user trains
+on: what illegal and legal pictures say of a tensor is the same up to noise, and their difference is most of that noise;
+of a class with few pictures, the loss on further ones rises while a user learns it (docs/selectivity.md).
 """
 
 from __future__ import annotations
