@@ -23,10 +23,10 @@ demo: install
 	$(BIN)/raygard demo --out $(DEMO_OUT)
 
 # Tests that start clusters wait for processes to start for a third of their time, so two of them run at once;
-# conftest.py says which files share what takes minutes to make. All others run on every core.
+# tests/together.py says which files share what takes minutes to make. All others run on every core.
 test: install
 	$(BIN)/python -m pytest -n auto -m "not distributed and not faults and not demo"
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "distributed or faults or demo"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "distributed or faults or demo"
 
 test-fast: install
 	$(BIN)/python -m pytest -n auto -m "not distributed and not faults and not demo and not gpu and not fuzz"

@@ -22,16 +22,6 @@ settings.register_profile("raygard", derandomize=True, print_blob=True, deadline
 settings.load_profile("raygard")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep files whole under `--dist loadgroup`, and start with those that share what takes minutes to make."""
-    shared = {item.path for item in items if item.get_closest_marker("xdist_group")}
-    items.sort(key=lambda item: item.path not in shared)
-    for item in items:
-        if item.path not in shared:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -127,4 +117,4 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mlflow.db"
 
 
-pytest_plugins = ["tests.fault_table", "tests.ray_fixtures", "tests.search_fixtures"]
+pytest_plugins = ["tests.fault_table", "tests.ray_fixtures", "tests.search_fixtures", "tests.together"]

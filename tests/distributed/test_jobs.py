@@ -22,7 +22,7 @@ from raygard.mask import FreezeMask
 from tests.faults.test_driver_killed import end_group
 from tests.search_fixtures import SETTINGS, lend
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("searched")]
+pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -12,7 +12,7 @@ from benchmarks.selectivity_rules.freeze import learn_in_one_process
 from raygard.diffusion.cache import load_cache
 from raygard.errors import RaygardError
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("undisturbed")]
+pytestmark = pytest.mark.distributed
 
 
 def test_two_workers_zero3_equal_one_worker_stage0(setting, undisturbed, tmp_path) -> None:

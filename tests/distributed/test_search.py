@@ -14,7 +14,7 @@ from raygard.mask import FreezeMask
 from raygard.schemas import load as load_schema
 from tests.search_fixtures import SETTINGS, check_hierarchy
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("searched")]
+pytestmark = pytest.mark.distributed
 
 STOPPED = Path(__file__).parent / "stopped_trial.py"
 

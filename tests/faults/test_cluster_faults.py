@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.faults.nodes import ROOT, Nodes, Watch, last_step, wait_for
 from tests.ray_fixtures import Setting
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("undisturbed")]
+pytestmark = pytest.mark.faults
 
 CHECKPOINTING_STEPS = 2
 RUN_TIMEOUT_S = 400

@@ -15,7 +15,7 @@ from raygard.cluster.checkpoint import find_damage
 from raygard.errors import RaygardError
 from tests.faults.nodes import Watch, last_step
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("undisturbed")]
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture

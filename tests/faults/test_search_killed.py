@@ -15,7 +15,7 @@ from raygard.tracking import sync
 from tests.faults.test_driver_killed import end_group
 from tests.search_fixtures import SETTINGS, check_hierarchy, lend, start_search
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("searched")]
+pytestmark = pytest.mark.faults
 
 # Nothing listens on the port "discard" of loopback.
 UNREACHABLE = "tracking.tracking_uri=http://127.0.0.1:9"

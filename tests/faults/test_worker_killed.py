@@ -12,7 +12,7 @@ import torch
 from raygard.cluster.checkpoint import find_damage, read_manifest
 from tests.faults.nodes import Watch, last_step
 
-pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("undisturbed")]
+pytestmark = pytest.mark.faults
 
 TWO_SHARDED = ("engine.num_workers=2", "engine.zero_stage=3")
 SHARD = "state-00001-theta.safetensors"
