@@ -405,26 +405,19 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _one_ranking_is_possible(self) -> RunConfig:
+    def _rules_can_do_what_is_asked(self) -> RunConfig:
         from raygard.bilevel.rules import RULES
 
-        for rule in self.search.rules or (self.mask.rule,):
-            draws = rule in RULES and RULES[rule].draws_ratios
-            if self.search.mode == "one_ranking" and not draws:
-                raise ValueError(f"search.mode=one_ranking needs a rule that can draw p; '{rule}' cannot")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_have_an_effect(self) -> RunConfig:
-        from raygard.bilevel.rules import RULES
-
-        given = [
+        weights = [
             *(f"bilevel.{name}" for name in WEIGHTS if getattr(self.bilevel, name) != 1),
             *(f"search.{name}s" for name in WEIGHTS if getattr(self.search, f"{name}s")),
         ]
-        for rule in self.search.rules or (self.mask.rule,):
-            if given and rule in RULES and not RULES[rule].weighs_losses:
-                raise ValueError(f"{given[0]} has no effect with rule '{rule}'; remove it, or set mask.rule=budget")
+        for name in self.search.rules or (self.mask.rule,):
+            rule = RULES.get(name)
+            if self.search.mode == "one_ranking" and not (rule and rule.draws_ratios):
+                raise ValueError(f"search.mode=one_ranking needs a rule that can draw p; '{name}' cannot")
+            if weights and rule and not rule.weighs_losses:
+                raise ValueError(f"{weights[0]} has no effect with rule '{name}'; remove it, or set mask.rule=budget")
         return self
 
     @model_validator(mode="after")

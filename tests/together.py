@@ -20,8 +20,9 @@ GROUPS = {name: number for number, names in enumerate(TOGETHER) for name in name
 
 class TogetherScheduling(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        name = PurePosixPath(nodeid.split("::", 1)[0]).stem
-        return f"together {GROUPS[name]}" if name in GROUPS else super()._split_scope(nodeid)
+        file = super()._split_scope(nodeid)
+        name = PurePosixPath(file).stem
+        return f"together {GROUPS[name]}" if name in GROUPS else file
 
 
 @pytest.hookimpl(optionalhook=True)

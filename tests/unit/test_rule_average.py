@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -21,18 +20,9 @@ from tests.latents import latent_set
 NUM_TENSORS = 40
 
 
-def learned(signals: Tensor, **changes: Any) -> Tensor:
+def learned(signals: Tensor) -> Tensor:
     """Logits after publisher steps with these signals, float64 (steps, N)."""
-    values = {
-        "num_tensors": NUM_TENSORS,
-        "freeze_ratio": 0.3,
-        "temperature": 0.2,
-        "mask_lr": 0.05,
-        "sparsity_weight": 0.0,
-        "weights": None,
-        "seed": 0,
-    }
-    rule = make_rule("average", RuleSettings(**{**values, **changes}))
+    rule = make_rule("average", RuleSettings(NUM_TENSORS, 0.3, 0.2, 0.05, 0.0, None, 0))
     state = rule.initial()
     for signal in signals:
         rule.update(state, signal)
