@@ -1,6 +1,6 @@
 """A driver of its own: `learn_run.py ROOT OUT [KEY=VALUE]...` learns a mask on the cluster of RAY_ADDRESS.
 
-Prints as its last line what it leaves in the cluster. Its workers can be made slow: see `set_up`.
+Its last act is OUT/left.json, what it leaves in the cluster. Its workers can be made slow: see `set_up`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 STEP_S, FILE_S = "RAYGARD_TEST_STEP_S", "RAYGARD_TEST_FILE_S"
+LEFT = "left.json"
 
 
 def set_up() -> None:
@@ -59,8 +60,20 @@ def main(root: Path, out: Path, overrides: list[str]) -> None:
         learn(setting.config(*overrides), setting.cache, setting.relearned, 0, out)
     except RaygardError as error:
         sys.exit(f"learn_run: {error}")
-    groups = ray.util.placement_group_table().values()
-    print(json.dumps({"groups": [group["state"] for group in groups if group["state"] != "REMOVED"]}), flush=True)
+    (out / LEFT).write_text(json.dumps(groups_left()), encoding="utf-8")
+
+
+def groups_left(timeout_s: float = 60) -> list[str]:
+    """States of the placement groups that are still there after a while: Ray removes them without anyone waiting."""
+    from ray.util import placement_group_table
+
+    ends = time.monotonic() + timeout_s
+    while True:
+        states = [group["state"] for group in placement_group_table().values()]
+        left = [state for state in states if state != "REMOVED"]
+        if not left or time.monotonic() > ends:
+            return left
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":
