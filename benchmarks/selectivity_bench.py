@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raygard.adaptation import Release, full, learned
-from raygard.config import AdaptConfig, RunConfig
+from raygard.config import AdaptConfig, RunConfig, ValuesConfig
 from raygard.diffusion.cache import LatentSet, build_cache, load_cache
 from raygard.diffusion.generate import generate
 from raygard.diffusion.loss import TrainingLoss, held_out_loss
@@ -31,6 +31,8 @@ from raygard.pictures import read_pixels
 from raygard.scoring import Scorer, get_scorer
 from raygard.seeding import generator
 from raygard.store import content_key
+from raygard.values import ValuesSource
+from raygard.values.batches import further_captions
 
 DRAWS = 8
 # Style words that name nothing; the caption of an attacker who avoids the name.
@@ -106,7 +108,11 @@ class Bench:
     @cached_property
     def learn(self) -> LatentSet:
         """What a rule may learn from: parts learn_lower and learn_upper."""
-        return self._load("learn", [(cls, part) for cls in self.classes for part in ("learn_lower", "learn_upper")])
+        return self._load("learn", self._learn_parts)
+
+    @property
+    def _learn_parts(self) -> list[tuple[str, str]]:
+        return [(cls, part) for cls in self.classes for part in ("learn_lower", "learn_upper")]
 
     @cached_property
     def select(self) -> LatentSet:
@@ -120,15 +126,32 @@ class Bench:
         """General pictures: nine tenths of the pretraining ones are `rehearsed` by rules, a tenth is `kept` from them;
         `held out` ones are new to the base model too.
         """
-        found = self._load("base_loss", [(cls, "general") for cls in self.config.domain.general])
+        found = self._load("base_loss", self._general_parts)
+        return {name: found.subset(index) for name, index in self._divided(found).items()}
+
+    @property
+    def _general_parts(self) -> list[tuple[str, str]]:
+        return [(cls, "general") for cls in self.config.domain.general]
+
+    def _divided(self, found: LatentSet) -> dict[str, Tensor]:
+        """Rows of each kind of general pictures, of a set that has all of them and no others."""
         fresh = torch.tensor(
             [caption in self.held_out.get(cls, ()) for cls, caption in zip(found.classes, found.captions, strict=True)]
         )
         known = (~fresh).nonzero().flatten()
         order = known[torch.randperm(len(known), generator=generator(self.config.seed, "general parts"))]
         cut = len(known) * 9 // 10
-        rows = {"rehearsed": order[:cut], "kept": order[cut:], "held out": fresh.nonzero().flatten()}
-        return {name: found.subset(index) for name, index in rows.items()}
+        return {"rehearsed": order[:cut], "kept": order[cut:], "held out": fresh.nonzero().flatten()}
+
+    def values_source(self, settings: ValuesConfig, seed: int) -> ValuesSource:
+        """What the product's stage `values` trains on, but for general pictures, which are the rehearsed ones."""
+        domain, view = self.config.domain, self._domain.view("values")
+        parts = [*self._learn_parts, *self._general_parts]
+        captions = [(cls, picture.caption) for cls, part in self._learn_parts for picture in view.pictures(cls, part)]
+        data = self._load("values", parts, further_captions(captions, domain, settings, seed))
+        general = (torch.tensor([part == "general" for part in data.parts])).nonzero().flatten()
+        rehearsed = general[self._divided(data.subset(general))["rehearsed"]]
+        return ValuesSource.of(data, domain, settings, self.loss.num_timesteps, seed, rehearsed)
 
     @cached_property
     def loss(self) -> TrainingLoss:
@@ -300,9 +323,11 @@ class Bench:
         named = self.config.domain.legal + tuple(self.unseen)
         return load_domain(self.config.domain.model_copy(update={"legal": named}))
 
-    def _load(self, stage: str, parts: list[tuple[str, str]]) -> LatentSet:
-        view = self._domain.view(stage)
-        return load_cache(build_cache(self.config.model, self.config.domain, view, parts, self.cache / "latents"))
+    def _load(self, stage: str, parts: list[tuple[str, str]], further_captions: Sequence[str] = ()) -> LatentSet:
+        view, folder = self._domain.view(stage), self.cache / "latents"
+        return load_cache(
+            build_cache(self.config.model, self.config.domain, view, parts, folder, further_captions=further_captions)
+        )
 
 
 def blocked(users: Sequence[User], role: str, measure: str) -> float | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raygard.bilevel.batches import Batch, BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer, StepKind
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.loss import TrainingLoss
+from raygard.diffusion.loss import Teacher, TrainingLoss
 from raygard.errors import RaygardError
 
 
@@ -44,14 +44,20 @@ class DenoiserLoss(nn.Module):
         return self.errors(self.denoiser, latents, conditioning, noise, timesteps)
 
     def errors(
-        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Tensor,
+        timesteps: Tensor,
+        teacher: Teacher | None = None,
     ) -> Tensor:
-        """`forward` with another denoiser, which is part of the same engine."""
+        """`forward` with another denoiser, which is part of the same engine, or with a teacher."""
         dtype, enabled = self.autocast or torch.float32, self.autocast is not None
         latents = latents.contiguous(memory_format=self.memory_format)
         noise = noise.contiguous(memory_format=self.memory_format)
         with torch.autocast(latents.device.type, dtype=dtype, enabled=enabled):
-            return self.loss.per_sample(denoiser, latents, conditioning, noise, timesteps)
+            return self.loss.per_sample(denoiser, latents, conditioning, noise, timesteps, teacher)
 
 
 class Engine(Protocol):

@@ -1,7 +1,7 @@
 """Training the values of frozen tensors in Ray Train and DeepSpeed: the worker's side and the driver's.
 
 The frozen tensors are the only ones that require a gradient, so DeepSpeed shards, steps and keeps moments for them
-alone; the rest of the model is run as it was released.
+alone; the rest of the model is run as it was released. Every worker also holds the whole release, for its answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raygard.bilevel.alternation import DenoiserLoss
 from raygard.cluster.engine import Checkpointed, all_reduce_sum, deepspeed_config, initialize
 from raygard.cluster.training import OnRow, fit
 from raygard.cluster.worker import (
@@ -35,7 +34,17 @@ from raygard.diffusion.cache import load_cache
 from raygard.diffusion.loss import TrainingLoss
 from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
-from raygard.values import NUM_BINS, ROLES, Objective, Plan, StepRecord, ValuesSource, release_errors, train_values
+from raygard.values import (
+    NUM_BINS,
+    ROLES,
+    Objective,
+    Plan,
+    StepRecord,
+    TaughtLoss,
+    ValuesSource,
+    release_errors,
+    train_values,
+)
 
 RESULT = "values.safetensors"
 
@@ -102,6 +111,7 @@ def build_values(config: RunConfig, denoiser: nn.Module, loss: TrainingLoss, fro
     from diffusers.optimization import get_scheduler
 
     settings, names = config.values, set(frozen)
+    module = TaughtLoss(denoiser, loss, load_denoiser(config.model))
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(name in names)
     optimizer = torch.optim.AdamW(
@@ -112,7 +122,7 @@ def build_values(config: RunConfig, denoiser: nn.Module, loss: TrainingLoss, fro
         weight_decay=settings.adam_weight_decay,
     )
     engine = initialize(
-        DenoiserLoss(denoiser, loss),
+        module,
         optimizer,
         config.engine,
         deepspeed_config(config.engine, settings, settings.max_grad_norm),
@@ -123,6 +133,9 @@ def build_values(config: RunConfig, denoiser: nn.Module, loss: TrainingLoss, fro
             num_training_steps=settings.max_train_steps,
         ),
     )
+    # Run as the engine runs its model, so that answers differ by what is trained and not by rounding.
+    # diffusers' own `to` warns of modules that stay in float32, which DeepSpeed casts as well.
+    nn.Module.to(module.release, device=engine.device, dtype=next(denoiser.parameters()).dtype)
     return Checkpointed(engine)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.loss import Predictor
+from raygard.diffusion.loss import Predictor, Teacher
 
 # "rf/lognorm(0.00, 1.00)", the SD3 paper's choice (arXiv 2403.03206, sections 3.1 and 5.1) and diffusers' SD3 scripts'.
 LOGIT_MEAN, LOGIT_STD = 0.0, 1.0
@@ -34,13 +34,22 @@ class FlowLoss:
         self.sigmas, self.times = scheduler.sigmas[chosen].float(), scheduler.timesteps[chosen].float()
 
     def per_sample(
-        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Tensor,
+        timesteps: Tensor,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """As `TrainingLoss` says. timesteps: numbers of equally probable noise levels, from much noise to little."""
         sigma = self.sigmas.to(latents.device)[timesteps].view(-1, 1, 1, 1)
         noisy = (1 - sigma) * latents + sigma * noise
-        predicted = self.predict(denoiser, noisy, self.times.to(latents.device)[timesteps], conditioning)
-        return (predicted.float() - (noise - latents).float()).square().mean(dim=(1, 2, 3))
+        times, target = self.times.to(latents.device)[timesteps], noise - latents
+        if teacher is not None:
+            target = teacher.replace(target, self.predict, noisy, times, conditioning)
+        predicted = self.predict(denoiser, noisy, times, conditioning)
+        return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 def logit_normal_indices(num_timesteps: int) -> Tensor:

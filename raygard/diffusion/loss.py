@@ -6,6 +6,7 @@ Shape letters: B batch, C latent channels, H, W latent sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -25,6 +26,23 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 Predictor = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A denoiser whose answers are what the samples `rows`, bool (B,), are to answer. It gets no gradient."""
+
+    denoiser: nn.Module
+    rows: Tensor
+
+    @torch.no_grad()
+    def replace(
+        self, target: Tensor, predict: Predictor, noisy: Tensor, times: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """`target` (B, C, H, W) with its answers in these rows, in float32."""
+        rows = self.rows.nonzero().flatten()
+        answers = predict(self.denoiser, noisy[rows], times[rows], conditioning.rows(rows))
+        return target.float().index_copy(0, rows, answers.float())
+
+
 class TrainingLoss(Protocol):
     """Squared error of a denoiser, one number for each sample, as a function of noise and timestep.
 
@@ -36,12 +54,19 @@ class TrainingLoss(Protocol):
     def num_timesteps(self) -> int: ...
 
     def per_sample(
-        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Tensor,
+        timesteps: Tensor,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Mean over C, H, W of the squared error, weighted as the loss weights its timesteps: float32 (B,).
 
         latents, noise: float32 (B, C, H, W). conditioning: of B captions. timesteps: int64 (B,). All on the denoiser's
-        device; the denoiser computes in the dtype of its parameters, the error is taken in float32.
+        device; the denoiser computes in the dtype of its parameters, the error is taken in float32. teacher: another
+        denoiser, whose answers are right for some of the samples instead of what was added to them.
         """
         ...
 
@@ -83,12 +108,20 @@ class DiffusionLoss:
         return int(self.scheduler.config.num_train_timesteps)
 
     def per_sample(
-        self, denoiser: nn.Module, latents: Tensor, conditioning: Conditioning, noise: Tensor, timesteps: Tensor
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Tensor,
+        timesteps: Tensor,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """As `TrainingLoss` says, times the SNR weight. timesteps: of the scheduler."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         velocity = self.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        if teacher is not None:
+            target = teacher.replace(target, self.predict, noisy, timesteps, conditioning)
         predicted = self.predict(denoiser, noisy, timesteps, conditioning)
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
         return error if self.snr_gamma is None else error * self._snr_weight(timesteps)

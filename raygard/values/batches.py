@@ -20,6 +20,7 @@ from raygard.errors import RaygardError
 from raygard.seeding import generator
 from raygard.shares import share, weight
 from raygard.values.names import meaningless_captions
+from raygard.values.objective import GENERAL
 
 # Share of the batch of each role, in quarters, in the order of ROLES.
 QUARTERS = (1, 2, 1)
@@ -80,7 +81,7 @@ class ValuesSource:
 
     roles: for each of ROLES its groups of pictures (classes; all general pictures are one group). Slots go through the
     groups in turn, and every second slot of a role with meaningless names goes by one of them, in turn too; within a
-    group pictures are drawn uniformly.
+    group pictures are drawn uniformly. Every second general picture is mirrored.
     """
 
     data: LatentSet
@@ -91,19 +92,26 @@ class ValuesSource:
 
     @classmethod
     def of(
-        cls, data: LatentSet, domain: DomainConfig, values: ValuesConfig, num_timesteps: int, seed: int
+        cls,
+        data: LatentSet,
+        domain: DomainConfig,
+        values: ValuesConfig,
+        num_timesteps: int,
+        seed: int,
+        general: Tensor | None = None,
     ) -> ValuesSource:
         """From a cache of the parts stage "values" reads, with the captions of `further_captions` embedded.
 
-        Raises RaygardError for a caption without its class's name and for too few general pictures.
+        general: rows of general pictures, int64 (n,); None: those of `general_rows`. Raises RaygardError for a caption
+        without its class's name and for too few general pictures.
         """
         legal, illegal = (
             [_named(data, name, count, seed) for name in classes]
             for classes, count in ((domain.legal, values.legal_names), (domain.illegal, values.illegal_names))
         )
-        rows = general_rows(data, domain.general)[0]
-        general = [Pictures(rows, data.conditioning.index[rows][None])]
-        return cls(data, (legal, general, illegal), values.train_batch_size, num_timesteps, seed)
+        rows = general_rows(data, domain.general)[0] if general is None else general
+        others = [Pictures(rows, data.conditioning.index[rows][None])]
+        return cls(data, (legal, others, illegal), values.train_batch_size, num_timesteps, seed)
 
     def batches(self, step: int, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> list[Batch]:
         """The micro-batches of `rank` at `step`, one for each accumulation step."""
@@ -119,7 +127,10 @@ class ValuesSource:
                 start += count * quarter
             index = torch.cat(slots)
             counts = weight(quarter, num_shares, number)
-            dealt.append(self._batch(rows[index], texts[index], roles[index], "values", step, index, counts))
+            batch = self._batch(rows[index], texts[index], roles[index], "values", step, index, counts)
+            # The release's answers are to be kept also on pictures that it has not memorised.
+            mirrored = ((batch.roles == GENERAL) & (index % 2 == 1)).view(-1, 1, 1, 1)
+            dealt.append(batch._replace(latents=torch.where(mirrored, batch.latents.flip(-1), batch.latents)))
         return dealt
 
     def probe(self, role: int, noise_bin: int, num_bins: int, slots: Tensor, num_slots: int) -> Batch:

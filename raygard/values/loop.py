@@ -7,17 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from raygard.bilevel.alternation import Engine
+from raygard.diffusion.conditioning import Conditioning
 from raygard.errors import RaygardError
 from raygard.values.batches import ValuesSource
-from raygard.values.objective import NUM_BINS, ROLES, Objective
+from raygard.values.objective import GENERAL, NUM_BINS, ROLES, Objective
 
 # As many as the bench drew: with fewer the denominators are noise, with more the start takes longer.
 SAMPLES_PER_BIN = 24
+
+
+class Engine(Protocol):
+    """What the loop needs of DeepSpeed's engine around a `TaughtLoss`."""
+
+    def __call__(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        noise: Tensor,
+        timesteps: Tensor,
+        taught: Tensor | None = None,
+    ) -> Tensor: ...
+    def backward(self, loss: Tensor) -> object: ...
+    def step(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Mean relative error of each role at one step, on this rank, times what its share weighs; float64 (R,)."""
+    """Mean relative error of each role at one step, on this rank, times what its share weighs; float64 (R,).
+
+    That of general samples is their distance from the release's answers, over the release's error: 0 at the start.
+    """
 
     step: int
     errors: Tensor
@@ -87,7 +106,8 @@ def train_values(
         batches = source.batches(step, rank=plan.rank, world_size=plan.world_size, accumulation=plan.accumulation)
         for batch in batches:
             batch = batch.to(device)
-            errors = engine(batch.latents, batch.conditioning, batch.noise, batch.timesteps)
+            taught = batch.roles == GENERAL
+            errors = engine(batch.latents, batch.conditioning, batch.noise, batch.timesteps, taught)
             loss, relative = objective(errors, batch.roles, batch.timesteps)
             engine.backward(loss * batch.weight)
             engine.step()

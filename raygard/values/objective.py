@@ -1,4 +1,4 @@
-"""What the frozen values are trained for: legal and general pictures well, illegal ones badly, relative to the release.
+"""What the frozen values are trained for: legal pictures well, illegal ones badly, general ones as the release does.
 
 Shape letters: B batch, R roles, N noise bins.
 """
@@ -46,7 +46,8 @@ class Objective:
     def relative(self, errors: Tensor, roles: Tensor, timesteps: Tensor) -> Tensor:
         """Errors (B,) over the release's: half over its mean of that role, half over that at the noise level.
 
-        roles, timesteps: int64 (B,).
+        errors: of general samples, how far they are from the release's answers (`TaughtLoss`). roles, timesteps: int64
+        (B,).
         """
         curves = self.curves.to(errors.device)
         bins = noise_bins(timesteps, self.num_timesteps, curves.shape[1])

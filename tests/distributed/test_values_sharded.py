@@ -96,8 +96,9 @@ def test_all_frozen_values_move_and_nothing_else(root, results, worker) -> None:
 @pytest.mark.parametrize("name", ["zero0", "zero2", "bf0", "bf2"])
 def test_history_is_the_dense_one_on_average(results, reference, name: str) -> None:
     errors = torch.stack([rank[name]["errors"] for rank in results[2]]).mean(dim=0)
-    tolerance = 0.1 if name.startswith("bf") else 1e-3
-    torch.testing.assert_close(errors, reference["errors"], rtol=tolerance, atol=0)
+    # How far general answers have moved begins at nothing, which no relative tolerance can be taken of.
+    rtol, atol = (0.1, 1e-4) if name.startswith("bf") else (1e-3, 1e-9)
+    torch.testing.assert_close(errors, reference["errors"], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "offload2", "offload3"])

@@ -19,14 +19,13 @@ from raygard.cluster.engine import cpu_environment
 
 cpu_environment()
 
-from raygard.bilevel.alternation import DenoiserLoss  # noqa: E402
 from raygard.cluster.values import build_values, gather, make_plan, measure  # noqa: E402
 from raygard.config import RunConfig  # noqa: E402
 from raygard.config_file import load_config  # noqa: E402
 from raygard.diffusion.cache import load_cache  # noqa: E402
 from raygard.diffusion.loss import DiffusionLoss  # noqa: E402
 from raygard.diffusion.model import load_denoiser, load_noise_scheduler  # noqa: E402
-from raygard.values import Objective, Plan, ValuesSource, release_errors, train_values  # noqa: E402
+from raygard.values import Objective, Plan, TaughtLoss, ValuesSource, release_errors, train_values  # noqa: E402
 
 # Few bins, because a pass under ZeRO-3 takes a third of a second.
 STEPS, SEED, NUM_BINS = 6, 1, 4
@@ -71,7 +70,7 @@ def setting(config: RunConfig, root: Path):
 class Dense:
     """One process, torch alone, with the schedule written out."""
 
-    def __init__(self, module: DenoiserLoss, config: RunConfig) -> None:
+    def __init__(self, module: TaughtLoss, config: RunConfig) -> None:
         self.module, self.settings, self.done = module, config.values, 0
         self.held = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.held, weight_decay=self.settings.adam_weight_decay)
@@ -98,7 +97,7 @@ def dense(root: Path) -> dict[str, dict[str, Tensor]]:
     unet, loss, source = setting(config, root)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in frozen)
-    engine = Dense(DenoiserLoss(unet, loss), config)
+    engine = Dense(TaughtLoss(unet, loss, load_denoiser(config.model)), config)
     objective = Objective.of(
         release_errors(engine, source, Plan(STEPS), num_bins=NUM_BINS), source.num_timesteps, config.values
     )

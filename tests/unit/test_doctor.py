@@ -305,6 +305,7 @@ def test_values_need_the_moments_of_what_is_frozen_at_most() -> None:
     # Half of the tensors may be the largest ones.
     assert whole / 2 < by_count["values"]["Adam's moments"] < whole
     assert "theta_d" not in by_params["values"]
+    assert by_params["values"]["the release"] == by_params["values"]["weights"], "it answers for general pictures"
 
 
 @pytest.mark.parametrize(

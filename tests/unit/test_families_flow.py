@@ -36,7 +36,7 @@ from raygard.mask.weights import load_denoiser_state
 from raygard.report.layers import block_of, block_shares
 from raygard.store import Store
 from raygard.user import adapt_model, generate_pictures
-from raygard.values import Objective, Plan, ValuesSource, release_errors, train_values
+from raygard.values import Objective, Plan, TaughtLoss, ValuesSource, release_errors, train_values
 from raygard.values.batches import Pictures
 from tests.evaluation_bench import PARTS, Bench, make_bench
 from tests.families import TINY
@@ -331,9 +331,10 @@ def test_values_are_trained_relative_to_the_release(config: RunConfig, learn_row
     names = [Pictures(rows, learn_rows.conditioning.index[rows][None]) for rows in map(learn_rows.rows, "abcd")]
     loss = load_loss(config.model)
     source = ValuesSource(learn_rows, ([names[0]], [names[1]], [names[2]]), 4, loss.num_timesteps, 0)
-    engine = PlainAdamW(DenoiserLoss(load_denoiser(config.model), loss))
+    engine = PlainAdamW(TaughtLoss(load_denoiser(config.model), loss, load_denoiser(config.model)))
     curves = release_errors(engine, source, Plan(1), num_bins=2)
     objective = Objective.of(curves, loss.num_timesteps, config.values)
     errors = torch.stack([record.errors for record in train_values(engine, source, objective, Plan(3))])
     assert curves.shape == (3, 2) and errors.shape == (3, 3) and torch.isfinite(errors).all()
     assert not torch.equal(errors[0], errors[2])
+    assert errors[0, 1] < 1e-9 < errors[1, 1], "general pictures: what the release answers"

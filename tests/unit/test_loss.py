@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from raygard.config import ModelConfig
 from raygard.diffusion.conditioning import Conditioning
-from raygard.diffusion.loss import DiffusionLoss, draw, held_out_loss
+from raygard.diffusion.loss import DiffusionLoss, Teacher, draw, held_out_loss
 from raygard.diffusion.model import load_denoiser, load_noise_scheduler
 from raygard.errors import RaygardError
 from tests.latents import latent_set
@@ -35,6 +35,20 @@ def test_epsilon_and_v_targets_are_equation_1() -> None:
             Constant(guess), eps, Conditioning(text=torch.zeros(5, 8, 16)), noise, timesteps
         )
         torch.testing.assert_close(found, (target - 0.3).square().flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_teachers_answers_are_the_targets_of_its_rows_and_get_no_gradient(kind: str) -> None:
+    loss = DiffusionLoss(DDPMScheduler(), kind)
+    eps, noise, timesteps = draw(0, "test", 0, range(5), (4, 8, 8))
+    student, teacher = Constant(torch.full((1,), 0.3)), Constant(torch.full((1,), 0.5))
+    arguments = (student, eps, Conditioning(text=torch.zeros(5, 8, 16)), noise, timesteps)
+    rows = torch.tensor([True, False, False, True, False])
+    plain, found = loss.per_sample(*arguments), loss.per_sample(*arguments, Teacher(teacher, rows))
+    assert torch.equal(found[~rows], plain[~rows])
+    torch.testing.assert_close(found[rows], torch.full((2,), 0.2**2))
+    found.sum().backward()
+    assert teacher.value.grad is None and student.value.grad is not None
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0), ("v_prediction", 1)])

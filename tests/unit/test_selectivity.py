@@ -1,4 +1,4 @@
-"""What the selectivity bench computes of its users, and that values are shared as the rules need it."""
+"""What the selectivity bench computes of its users, and what it shows its rules."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.attributions import UNITS, by_unit, fronts
 from benchmarks.attributions import table as table_of_attributions
 from benchmarks.faces_small import HELD_OUT, collect
 from benchmarks.selectivity import agreement, crossover, interval, pack, table
-from benchmarks.selectivity_bench import Result, User, blocked
+from benchmarks.selectivity_bench import Bench, Result, User, blocked
 from benchmarks.selectivity_domains import DOMAINS
 from benchmarks.selectivity_report import crossovers
-from benchmarks.selectivity_rules.teach import KNOW_MORE, share
-from raygard.config import ValuesConfig
+from raygard.config_file import load_config
+from raygard.domain import load_domain
 from raygard.errors import RaygardError
+from raygard.values import GENERAL
 
 
 def user(role: str, base: float, full: float, guarded: float) -> User:
@@ -40,23 +40,19 @@ def test_an_interval_needs_two_seeds() -> None:
     assert low < 0.1 and high > 0.3
 
 
-def test_shared_values_are_one_storage_in_every_model() -> None:
-    models = [nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)) for _ in range(2)]
-    values = {"0.weight": nn.Parameter(torch.zeros(2, 2))}
-    for model in models:
-        share(model, values)
-    with torch.no_grad():
-        values["0.weight"].fill_(3.0)
-    assert all(torch.equal(model[0].weight, torch.full((2, 2), 3.0)) for model in models)
-    assert [name for name, _ in models[0].named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-def test_the_stage_trains_with_the_settings_of_know_more() -> None:
-    stage = ValuesConfig()
-    weights = stage.legal_weight, stage.general_weight, stage.illegal_weight, stage.max_illegal_error
-    assert weights == (KNOW_MORE.legal, KNOW_MORE.general, KNOW_MORE.poison, KNOW_MORE.cap)
-    assert (stage.learning_rate, stage.train_batch_size) == (KNOW_MORE.lr, 4 * KNOW_MORE.batch)
-    assert stage.legal_names == 1
+def test_values_are_taught_on_rehearsed_general_pictures_only(tiny_model, imagefolder, tmp_path: Path) -> None:
+    data = imagefolder({"a": 48, "b": 48, "g": 40})
+    named = ["domain.illegal=[a]", "domain.legal=[b]", "domain.general=[g]", "domain.resolution=16"]
+    model = f"model.pretrained_model_name_or_path={tiny_model.pretrained_model_name_or_path}"
+    config = load_config(None, [model, f"domain.data={data}", *named, "values.max_train_steps=20"])
+    bench = Bench(config, tmp_path / "cache", held_out={"g": {load_domain(config.domain).view("base_loss")
+                                                              .pictures("g", "general")[0].caption}})  # fmt: skip
+    source = bench.values_source(config.values, seed=0)
+    taught = {(source.data.parts[row], source.data.captions[row]) for group in source.roles[GENERAL]
+              for row in group.rows.tolist()}  # fmt: skip
+    kinds = {name: set(found.captions) for name, found in bench.general.items()}
+    assert taught == {("general", caption) for caption in kinds["rehearsed"]}
+    assert len(kinds["held out"]) == 1 and not kinds["rehearsed"] & (kinds["kept"] | kinds["held out"])
 
 
 def test_faces_are_divided_into_people_to_learn_and_general_ones_some_of_them_held_out(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def estimate_memory(
         standing["float32 shard"] = shard * FP32
     if adam and not placement.no_optimizer:
         standing["Adam's moments"] = 2 * shard * FP32
+    if stage == "values":
+        standing["the release"] = num_params * stored
     if host and stage not in PLAIN:
         standing["theta_pre"] = num_params * FP32
     if host and stage in PLAIN and zero_stage in (1, 2) and stored == FP32:
