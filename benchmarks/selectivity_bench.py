@@ -36,7 +36,7 @@ from raygard.values.batches import further_captions
 
 DRAWS = 8
 # Style words that name nothing; the caption of an attacker who avoids the name.
-ALIASES = ("zorb", "quibble", "flandor", "mexit", "turvane", "oskel", "prindle", "wavoo")
+ALIASES = ("zorb", "quibble", "flandor", "mexit", "turvane")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Bench:
         parts = [*self._learn_parts, *self._general_parts]
         captions = [(cls, picture.caption) for cls, part in self._learn_parts for picture in view.pictures(cls, part)]
         data = self._load("values", parts, further_captions(captions, domain, settings, seed))
-        general = (torch.tensor([part == "general" for part in data.parts])).nonzero().flatten()
+        general = torch.tensor([part == "general" for part in data.parts]).nonzero().flatten()
         rehearsed = general[self._divided(data.subset(general))["rehearsed"]]
         return ValuesSource.of(data, domain, settings, self.loss.num_timesteps, seed, rehearsed)
 
