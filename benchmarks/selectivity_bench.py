@@ -126,12 +126,8 @@ class Bench:
         """General pictures: nine tenths of the pretraining ones are `rehearsed` by rules, a tenth is `kept` from them;
         `held out` ones are new to the base model too.
         """
-        found = self._load("base_loss", self._general_parts)
+        found = self._load("base_loss", self._domain.general_parts)
         return {name: found.subset(index) for name, index in self._divided(found).items()}
-
-    @property
-    def _general_parts(self) -> list[tuple[str, str]]:
-        return [(cls, "general") for cls in self.config.domain.general]
 
     def _divided(self, found: LatentSet) -> dict[str, Tensor]:
         """Rows of each kind of general pictures, of a set that has all of them and no others."""
@@ -146,7 +142,7 @@ class Bench:
     def values_source(self, settings: ValuesConfig, seed: int) -> ValuesSource:
         """What the product's stage `values` trains on, but for general pictures, which are the rehearsed ones."""
         domain, view = self.config.domain, self._domain.view("values")
-        parts = [*self._learn_parts, *self._general_parts]
+        parts = [*self._learn_parts, *self._domain.general_parts]
         captions = [(cls, picture.caption) for cls, part in self._learn_parts for picture in view.pictures(cls, part)]
         data = self._load("values", parts, further_captions(captions, domain, settings, seed))
         general = torch.tensor([part == "general" for part in data.parts]).nonzero().flatten()

@@ -23,6 +23,7 @@ from raygard.diffusion.conditioning import Conditioning
 from raygard.diffusion.model import load_denoiser
 from raygard.mask import FreezeMask
 from raygard.values import Objective, Plan, TaughtLoss, release_errors, train_values
+from raygard.values.optimizer import make_optimizer, make_schedule
 
 STEPS = 1000
 
@@ -30,35 +31,22 @@ STEPS = 1000
 def teach(bench: Bench, frozen: Sequence[str], seed: int, settings: ValuesConfig) -> dict[str, Tensor]:
     """New values of the tensors `frozen`, float32 by name: the product's stage `values` without Ray and DeepSpeed."""
     unet = load_denoiser(bench.config.model).train()
-    names = set(frozen)
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(name in names)
     source = bench.values_source(settings, seed)
-    engine = _Engine(TaughtLoss(unet, bench.loss, load_denoiser(bench.config.model)), settings)
+    engine = _Engine(TaughtLoss(unet, bench.loss, load_denoiser(bench.config.model)), frozen, settings)
     plan = Plan(settings.max_train_steps)
     objective = Objective.of(release_errors(engine, source, plan), source.num_timesteps, settings)
     for _ in train_values(engine, source, objective, plan):
         pass
-    return {name: parameter.detach().clone() for name, parameter in unet.named_parameters() if name in names}
+    return {name: unet.get_parameter(name).detach().clone() for name in frozen}
 
 
 class _Engine:
     """What `raygard.cluster.values` sets up in DeepSpeed, in torch alone."""
 
-    def __init__(self, module: TaughtLoss, settings: ValuesConfig) -> None:
-        from diffusers.optimization import get_scheduler
-
+    def __init__(self, module: TaughtLoss, frozen: Sequence[str], settings: ValuesConfig) -> None:
         self._module, self._norm = module, settings.max_grad_norm
-        self._held = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._held,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.adam_weight_decay,
-        )
-        steps = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.max_train_steps}
-        self._decay = get_scheduler("cosine", optimizer=self._optimizer, **steps)
+        self._optimizer = make_optimizer(module.denoiser, frozen, settings)
+        self._decay = make_schedule(self._optimizer, settings)
 
     def __call__(
         self,
@@ -75,7 +63,8 @@ class _Engine:
         loss.backward()
 
     def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._held, self._norm)
+        if self._norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._optimizer.param_groups[0]["params"], self._norm)
         self._optimizer.step()
         self._decay.step()
         self._optimizer.zero_grad()

@@ -45,6 +45,7 @@ from raygard.values import (
     release_errors,
     train_values,
 )
+from raygard.values.optimizer import make_optimizer, make_schedule
 
 RESULT = "values.safetensors"
 
@@ -108,30 +109,13 @@ def values_worker(job: dict[str, Any]) -> None:
 
 def build_values(config: RunConfig, denoiser: nn.Module, loss: TrainingLoss, frozen: Sequence[str]) -> Checkpointed:
     """A DeepSpeed engine that trains the tensors `frozen` of `denoiser`: AdamW, warm-up, cosine decay. Collective."""
-    from diffusers.optimization import get_scheduler
-
-    settings, names = config.values, set(frozen)
-    module = TaughtLoss(denoiser, loss, load_denoiser(config.model))
-    for name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(name in names)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in denoiser.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.adam_weight_decay,
-    )
+    settings, module = config.values, TaughtLoss(denoiser, loss, load_denoiser(config.model))
     engine = initialize(
         module,
-        optimizer,
+        make_optimizer(denoiser, frozen, settings),
         config.engine,
         deepspeed_config(config.engine, settings, settings.max_grad_norm),
-        lambda basic: get_scheduler(
-            "cosine",
-            optimizer=basic,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.max_train_steps,
-        ),
+        lambda basic: make_schedule(basic, settings),
     )
     # Run as the engine runs its model, so that answers differ by what is trained and not by rounding.
     # diffusers' own `to` warns of modules that stay in float32, which DeepSpeed casts as well.
