@@ -69,6 +69,7 @@ class DomainConfig(Section):
     upper_fraction: float = Field(1 / 3, gt=0, lt=1, description="share of the learn part kept for upper batches only")
     min_part: int = Field(4, ge=1, description="a class with fewer pictures in any part is refused")
     legal_budget: float = Field(0.05, ge=0, le=1, description="largest tolerated legal impact")
+    base_loss_budget: float = Field(0.02, ge=0, description="largest rise of the release's own loss by trained values")
     sensitive: bool = Field(False, description="no picture goes into a report or to MLflow (docs/security.md)")
 
     @model_validator(mode="after")

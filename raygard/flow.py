@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +25,6 @@ from raygard.defences import (
     save_controls,
     seed_agreement,
     unlearned_mask,
-    with_values,
 )
 from raygard.diffusion.cache import build_cache
 from raygard.diffusion.model import check_memory_format, model_family, model_fingerprint, with_resolution
@@ -43,6 +41,9 @@ from raygard.scoring import check_evaluation, get_scorer
 from raygard.store import Store
 from raygard.tracking import RunHandle, Tracker, track_job
 from raygard.values.batches import further_captions
+
+if TYPE_CHECKING:
+    from raygard.cluster.values import ValuesInputs
 
 log = logging.getLogger("raygard")
 
@@ -172,12 +173,10 @@ class Flow:
 
     def _learn_values(self, mask: FreezeMask, mask_seed: int) -> FreezeMask:
         """Train the values of `mask`'s frozen tensors and save the release under `values/seed-<s>/mask`."""
-        from raygard.cluster.evaluation import base_loss
-        from raygard.cluster.values import learn_values
+        from raygard.cluster.values import release_values
 
-        config = self.config
-        cache = self._values_cache(mask_seed)
-        inputs = {**self._inputs("values", "engine"), "cache": cache.name, "mask_seed": mask_seed}
+        config, sources = self.config, self.values_inputs(mask_seed)
+        inputs = {**self._inputs("values", "engine"), "cache": Path(sources.cache).name, "mask_seed": mask_seed}
         inputs |= {"mask": mask.sha256}
         with self.dir.stage(f"values/seed-{mask_seed}", inputs) as (folder, done):
             if not done:
@@ -185,33 +184,29 @@ class Flow:
                     self.progress.bar(f"train values, seed {mask_seed}", config.values.max_train_steps) as bar,
                     self.tracker.start(f"values-seed-{mask_seed}", parent=self.parent) as run,
                 ):
-                    values = learn_values(
+                    released = release_values(
                         config,
-                        cache,
-                        mask.frozen_names,
+                        mask,
+                        sources,
                         mask_seed,
                         folder,
                         on_row=lambda row: self._on_row(run, bar, row, "values"),
                     )
-                    measured = str(self.general_cache), str(self.root / "store")
-                    before = base_loss(config, *measured)
-                    trained = with_values(config, mask, values, {"base_loss_before": before}).save(folder / "trained")
-                    after = base_loss(config, *measured, trained)
-                    metrics = {"base_loss_before": before, "base_loss_after": after}
-                    released = with_values(config, mask, values, metrics)
-                    released.save(folder / "mask")
-                    shutil.rmtree(folder / "trained")
+                    metrics = {name: released.metrics[name] for name in BASE_LOSSES}
                     run.metrics(metrics, step=config.values.max_train_steps)
                     run.tags({"raygard.mask_sha256": released.sha256})
                     run.artifact(folder / "mask", "mask")
             return FreezeMask.load(folder / "mask")
 
-    def _values_cache(self, mask_seed: int) -> Path:
+    def values_inputs(self, mask_seed: int) -> ValuesInputs:
         """Latents of all that values are trained on, and its captions, also under meaningless names."""
+        from raygard.cluster.values import ValuesInputs
+
         parts, view = self.domain.learn_parts, self.domain.view("values")
         captions = [(cls, picture.caption) for cls, part in parts for picture in view.pictures(cls, part)]
         further = further_captions(captions, self.config.domain, self.config.values, mask_seed)
-        return self._cache("values", [*parts, *self.domain.general_parts], further)
+        cache = self._cache("values", [*parts, *self.domain.general_parts], further)
+        return ValuesInputs(str(cache), str(self.general_cache), str(self.root / "store"))
 
     def learn_all(self) -> list[FreezeMask]:
         """Masks of all `evaluation.mask_seeds`; the first is released as `mask/`."""
@@ -365,7 +360,8 @@ class Flow:
         """What decides a learning stage, as JSON: the named sections, domain, model and seed."""
         config = self.config
         found: dict[str, Any] = {"model": self.model_hash, "seed": config.seed, "stage": sections}
-        found["domain"] = config.domain.model_dump(mode="json", exclude={"legal_budget", "sensitive"})
+        exclude = {"legal_budget", "base_loss_budget", "sensitive"}
+        found["domain"] = config.domain.model_dump(mode="json", exclude=exclude)
         for section in sections:
             if section == "bilevel_user":
                 exclude = {"publisher_steps", "inner_steps", "user_optimizer", "user_lr"}

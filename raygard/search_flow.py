@@ -29,7 +29,7 @@ from raygard.search.choice import best_by_ratio, choose, pick_of, with_outcome
 from raygard.search.proxy import Evidence, with_predictions
 from raygard.search.proxy import summary as proxy_summary
 from raygard.search.space import Point, grid, milestones, num_trials, trial_config
-from raygard.search.tables import domains_markdown, trials_csv
+from raygard.search.tables import SECONDS, domains_markdown, trials_csv
 from raygard.search_tracking import SearchTracking
 from raygard.store import Store, content_key
 
@@ -61,10 +61,6 @@ class SearchFlow:
         if not config.mask.learned:
             raise RaygardError(
                 f"mask.rule={config.mask.rule} learns nothing to search for; use `raygard learn` or `run`"
-            )
-        if config.values.enabled:
-            raise RaygardError(
-                "a search learns masks without values; set values.max_train_steps=0, or use `raygard run`"
             )
         if LEARNED not in config.evaluation.defences:
             raise RaygardError(f"evaluation.defences must contain '{LEARNED}': it is the mask the search is about")
@@ -103,6 +99,7 @@ class SearchFlow:
                 candidates,
                 domain=self.config.domain.name,
                 legal_budget=self.config.domain.legal_budget,
+                base_loss_budget=self.config.domain.base_loss_budget if self.config.values.enabled else None,
                 legal_penalty=self.config.search.legal_penalty,
                 config_hash=config_hash(self.config),
                 seed=self.config.seed,
@@ -168,7 +165,10 @@ class SearchFlow:
         from raygard.cluster.trial import PROGRESS, TRIAL, TrialInputs, read_record
 
         trials = self.dir / "trials"
+        seed = self.config.evaluation.mask_seeds[0]
+        values = self.flow.values_inputs(seed) if self.config.values.enabled else None
         caches = [self.flow.learn_cache.name, Path(inputs.cache).name]
+        caches += [] if values is None else [Path(values.cache).name, Path(values.general).name]
         decisive = [config_hash(self.config), self.flow.model_hash, *caches]
         shared = TrialInputs(
             config=self.config.model_dump(mode="json"),
@@ -179,6 +179,7 @@ class SearchFlow:
             evaluation=inputs,
             pool=pool,
             reference=reference,
+            values=values,
         )
         ended: set[str] = set()
         with self.progress.bar("trials", num_trials(self.config)) as bar:
@@ -403,7 +404,8 @@ def write_domains(out: Path, done: Sequence[tuple[dict[str, Any], dict[str, Any]
 def describe(trial_id: str, result: Mapping[str, Any]) -> str:
     """One line for the progress bar."""
     if "fidelity" not in result:
-        return f"{trial_id} learning, publisher step {result.get('k', 0)}"
+        doing = "training values, step" if result.get("kind") == "values" else "learning, publisher step"
+        return f"{trial_id} {doing} {result.get('k', 0)}"
     if not result["scored"]:
         return f"{trial_id} adapting, rung {result['fidelity']}"
     return f"{trial_id} scored {result.get('score', float('nan')):.3f}"
@@ -420,7 +422,7 @@ def _bare_record(config: RunConfig, trial_id: str, key: str) -> dict[str, Any]:
         "point": {**point.to_json(), "publisher_steps": trial_config(config, point).bilevel.publisher_steps},
         "candidates": [],
         "jobs": [],
-        "seconds": dict.fromkeys(("learn", "adapt", "generate", "score", "total"), 0.0),
+        "seconds": dict.fromkeys(SECONDS, 0.0),
         "started": now,
         "finished": now,
     }

@@ -15,17 +15,19 @@ from raygard.search.choice import pick_of
 from raygard.search.space import dimensions
 from raygard.search.tables import point_settings
 from raygard.tracking import DOMAIN_TAG, MASK_TAG, RunHandle, track_job
+from raygard.values import ROLES
 
 # MLflow's compare page plots the parameters and the metric that were logged first, so nothing may come before these.
 SETTINGS = ("p", "T", "L")
 FURTHER = ("K", "rule", "illegal_weight", "legal_weight")
-SCORES = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "score", "param_share")
+SCORES = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "score", "param_share", "base_loss_rise")
 REPORTED = {
     "illegal_loss": "publisher_illegal_loss",
     "legal_loss": "publisher_legal_loss",
     "soft_mean": "soft_mean",
     "rounding_gap": "rounding_gap",
 }
+VALUES_REPORTED = {f"{role}_loss": f"values_{role}_loss" for role in ROLES}
 PARTS = ("mitigation", "legal_impact")
 
 
@@ -47,9 +49,8 @@ class SearchTracking:
 
     def report(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """One report of a running trial, in a run of its own below the trial's; rungs come with the candidates."""
-        values = {
-            new: float(result[name]) for name, new in REPORTED.items() if isinstance(result.get(name), (int, float))
-        }
+        names = VALUES_REPORTED if result.get("kind") == "values" else REPORTED
+        values = {new: float(result[name]) for name, new in names.items() if isinstance(result.get(name), (int, float))}
         if values:
             self._learn_run(trial_id).metrics(values, step=result["k"])
 
@@ -86,7 +87,7 @@ class SearchTracking:
         run.tags({f"raygard.{name}": str(candidate[name]) for name in FURTHER if name not in params})
         if candidate["incomplete"]:
             run.tags({"raygard.incomplete": ", ".join(candidate["incomplete"])})
-        values = {name: candidate[name] for name in SCORES if candidate[name] is not None}
+        values = {name: candidate[name] for name in SCORES if candidate.get(name) is not None}
         for name in PARTS:
             if candidate[f"{name}_ci"] is not None:
                 values[f"{name}_low"], values[f"{name}_high"] = candidate[f"{name}_ci"]

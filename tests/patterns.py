@@ -1,4 +1,4 @@
-"""Pictures of two plain patterns that a model learns in a few steps, so that small searches measure something."""
+"""Pictures of plain patterns that a model learns in a few steps, so that small searches measure something."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = {"stripes": ((230, 30, 30), (20, 20, 20)), "checks": ((30, 60, 230), (240, 230, 40))}
+COLOURS = {
+    "stripes": ((230, 30, 30), (20, 20, 20)),
+    "checks": ((30, 60, 230), (240, 230, 40)),
+    "bars": ((40, 160, 40), (250, 250, 250)),
+}
 
 
 def make_patterns(folder: Path, count: int = 96, side: int = 64, seed: int = 0) -> Path:
-    """An imagefolder of classes "stripes" and "checks"; pictures of a class differ in phase and period."""
+    """An imagefolder of a class for each of COLOURS; pictures of a class differ in phase and period."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:side, :side]
     lines = []
@@ -20,7 +24,7 @@ def make_patterns(folder: Path, count: int = 96, side: int = 64, seed: int = 0) 
         (folder / cls).mkdir(parents=True)
         for number in range(count):
             period, shift = 10 + number % 7, int(rng.integers(0, 60))
-            field = (columns + shift) // period % 2
+            field = ((rows if cls == "bars" else columns) + shift) // period % 2
             if cls == "checks":
                 field = (field + (rows + 2 * shift) // period) % 2
             pixels = np.array(colours, dtype=np.uint8)[field]

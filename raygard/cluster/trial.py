@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raygard.cluster.evaluation import EvaluationInputs, EvaluationJob, EvaluationPool, run_jobs
+from raygard.cluster.values import ValuesInputs, release_values
 from raygard.config import RunConfig
 from raygard.defences import make_mask
 from raygard.errors import RaygardError
@@ -37,7 +38,7 @@ class TrialInputs:
     """What all trials share. Paths are on shared storage.
 
     key: hash of everything that decides a trial's result besides its point. reference: results of the jobs "base"
-    and "none", which every trial is measured against.
+    and "none", which every trial is measured against. values: what training values reads; None where masks have none.
     """
 
     config: dict[str, Any]
@@ -48,6 +49,7 @@ class TrialInputs:
     evaluation: EvaluationInputs
     pool: EvaluationPool
     reference: list[dict[str, Any]]
+    values: ValuesInputs | None = None
 
     def folder(self, point: Point) -> Path:
         return Path(self.out) / point.trial_id
@@ -127,7 +129,7 @@ class Trial:
         return self.write("scored", candidates, reason=reason, results=done)
 
     def learn(self, callbacks: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """Learn the ranking once and save the mask of every candidate read off it."""
+        """Learn the ranking once, and save the mask of each candidate read off it, with values if asked for."""
         from raygard.cluster.training import learn
 
         seed, config = self.base.evaluation.mask_seeds[0], self.config
@@ -137,11 +139,31 @@ class Trial:
                 logits, soft = learn(config, *caches, seed, folder, callbacks=callbacks)
                 for ratio in candidate_ratios(self.base, self.point):
                     mask = make_mask(config, logits, soft, seed, ratio)
-                    mask.save(self.mask_folder(ratio))
-        return [self.candidate(ratio) for ratio in candidate_ratios(self.base, self.point)]
+                    mask.save(self.learned_folder(ratio))
+        ratios = candidate_ratios(self.base, self.point)
+        if self.inputs.values is not None:
+            for ratio in ratios:
+                # The losses of several masks would be one curve in MLflow.
+                self.teach(ratio, self.inputs.values, callbacks if len(ratios) == 1 else ())
+        return [self.candidate(ratio) for ratio in ratios]
+
+    def teach(self, ratio: float, inputs: ValuesInputs, callbacks: Sequence[Any]) -> None:
+        """Train the values of one candidate's frozen tensors."""
+        mask, seed = FreezeMask.load(self.learned_folder(ratio)), self.base.evaluation.mask_seeds[0]
+        decisive = {"key": self.inputs.key, "point": self.point.to_json(), "mask": mask.sha256}
+        with stage(self.values_folder(ratio), decisive) as (folder, done):
+            if not done:
+                release_values(self.config, mask, inputs, seed, folder, callbacks=callbacks)
+
+    def learned_folder(self, ratio: float) -> Path:
+        return self.folder / "masks" / candidate_id(self.point, ratio)
+
+    def values_folder(self, ratio: float) -> Path:
+        return self.folder / "values" / candidate_id(self.point, ratio)
 
     def mask_folder(self, ratio: float) -> Path:
-        return self.folder / "masks" / candidate_id(self.point, ratio)
+        """The mask users adapt under, which may be chosen."""
+        return self.learned_folder(ratio) if self.inputs.values is None else self.values_folder(ratio) / "mask"
 
     def candidate(self, ratio: float) -> dict[str, Any]:
         mask = FreezeMask.load(self.mask_folder(ratio))
@@ -160,6 +182,7 @@ class Trial:
             "mask_sha256": mask.sha256,
             "freeze_ratio": mask.ratio_by_count,
             "param_share": mask.ratio_by_params,
+            "base_loss_rise": base_loss_rise(mask),
             "proxy": [],
             "incomplete": [],
             **dict.fromkeys((*OUTCOME_FIELDS, "score")),
@@ -266,7 +289,8 @@ class Trial:
 
         adapt_seconds: spent by users without a result yet.
         """
-        seconds = {"learn": stage_seconds(self.folder / "learn")}
+        taught = (self.values_folder(ratio) for ratio in candidate_ratios(self.base, self.point))
+        seconds = {"learn": stage_seconds(self.folder / "learn"), "values": round(sum(map(stage_seconds, taught)), 2)}
         for kind in ("adapt", "generate", "score"):
             seconds[kind] = round(sum(result["seconds"].get(kind, 0.0) for result in results), 2)
         seconds["adapt"] = round(seconds["adapt"] + adapt_seconds, 2)
@@ -295,6 +319,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("schema_version") == SCHEMA_VERSION else None
+
+
+def base_loss_rise(mask: FreezeMask) -> float | None:
+    """By what share the mask's values raise the release's own loss on general pictures; None without values."""
+    if not mask.values:
+        return None
+    return mask.metrics["base_loss_after"] / mask.metrics["base_loss_before"] - 1
 
 
 def _means(pairs: Sequence[tuple[Any, float]]) -> dict[Any, float]:

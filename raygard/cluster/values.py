@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raygard.cluster.engine import Checkpointed, all_reduce_sum, deepspeed_config, initialize
+from raygard.cluster.evaluation import base_loss
 from raygard.cluster.training import OnRow, fit
 from raygard.cluster.worker import (
     RELEARN_STEPS_PER_UNIT,
@@ -30,10 +32,12 @@ from raygard.cluster.worker import (
     save_tensors,
 )
 from raygard.config import RunConfig
+from raygard.defences import with_values
 from raygard.diffusion.cache import load_cache
 from raygard.diffusion.loss import TrainingLoss
 from raygard.diffusion.model import load_denoiser, load_loss
 from raygard.errors import RaygardError
+from raygard.mask import FreezeMask
 from raygard.values import (
     NUM_BINS,
     ROLES,
@@ -50,18 +54,63 @@ from raygard.values.optimizer import make_optimizer, make_schedule
 RESULT = "values.safetensors"
 
 
+@dataclass(frozen=True)
+class ValuesInputs:
+    """What the stage reads, as paths on shared storage.
+
+    cache: latents of the parts that stage "values" reads, and all captions. general: latents of the general classes.
+    store: of finished results.
+    """
+
+    cache: str
+    general: str
+    store: str
+
+
+def release_values(
+    config: RunConfig,
+    mask: FreezeMask,
+    inputs: ValuesInputs,
+    mask_seed: int,
+    out: Path,
+    *,
+    on_row: OnRow | None = None,
+    callbacks: Sequence[Any] = (),
+) -> FreezeMask:
+    """The whole stage: `mask` with trained values, and the release's own loss before and after them as its metrics.
+
+    It is saved as `out/mask`. Otherwise as `learn_values`.
+    """
+    cache = Path(inputs.cache)
+    values = learn_values(config, cache, mask.frozen_names, mask_seed, out, on_row=on_row, callbacks=callbacks)
+    before = base_loss(config, inputs.general, inputs.store)
+    trained = with_values(config, mask, values, {"base_loss_before": before}).save(out / "trained")
+    after = base_loss(config, inputs.general, inputs.store, trained)
+    released = with_values(config, mask, values, {"base_loss_before": before, "base_loss_after": after})
+    released.save(out / "mask")
+    shutil.rmtree(out / "trained")
+    return released
+
+
 def learn_values(
-    config: RunConfig, cache: Path, frozen: Sequence[str], mask_seed: int, out: Path, *, on_row: OnRow | None = None
+    config: RunConfig,
+    cache: Path,
+    frozen: Sequence[str],
+    mask_seed: int,
+    out: Path,
+    *,
+    on_row: OnRow | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Tensor]:
     """Train the values of the tensors `frozen`; return them by name, float32.
 
-    cache: latents of the parts that stage "values" reads, and all captions. Runs `config.engine` workers in Ray Train;
-    resumes a run that was cut off in the same folder, and trains nothing where it had come to its end. Raises
-    RaygardError for values that are not finite.
+    cache: as in `ValuesInputs`. Runs `config.engine` workers in Ray Train; resumes a run that was cut off in the same
+    folder, and trains nothing where it had come to its end. callbacks: Ray Train user callbacks. Raises RaygardError
+    for values that are not finite.
     """
     if not (out / RESULT).exists():
         job = {"cache": str(cache), "frozen": list(frozen), "out": str(out), "mask_seed": mask_seed}
-        fit(config, values_worker, job, out, on_row)
+        fit(config, values_worker, job, out, on_row, callbacks)
     values = load_file(str(out / RESULT))
     shutil.rmtree(out / STORAGE, ignore_errors=True)
     for name, value in values.items():

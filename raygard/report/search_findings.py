@@ -10,6 +10,7 @@ from raygard.report.plots import TARGET_MITIGATION
 from raygard.report.search_load import Candidate, SearchFiles
 from raygard.report.search_masks import MaskPath
 from raygard.search.proxy import is_finite
+from raygard.search.tables import SECONDS
 
 SETTINGS = (("p", "p"), ("T", "T"), ("L", "L"))
 OPTIONAL_SETTINGS = (("rule", "rule"), ("illegal_weight", "illegal weight"), ("legal_weight", "legal weight"))
@@ -110,12 +111,18 @@ def settings_that_matter(files: SearchFiles) -> str:
 
 def cost(files: SearchFiles) -> str:
     """Where the time of the trials went and how many were stopped early."""
-    sums = {s: sum(t["seconds"].get(s) or 0.0 for t in files.trials) for s in ("learn", "adapt", "generate", "score")}
+    sums = {s: sum(t["seconds"].get(s) or 0.0 for t in files.trials) for s in SECONDS[:-1]}
     total, statuses = sum(sums.values()), [t["status"] for t in files.trials]
     if not total:
         return "No time was recorded"
     stage = max(sums, key=lambda name: sums[name])
-    words = {"learn": "learning masks", "adapt": "adapting", "generate": "generating pictures", "score": "scoring"}
+    words = {
+        "learn": "learning masks",
+        "values": "training values",
+        "adapt": "adapting",
+        "generate": "generating pictures",
+        "score": "scoring",
+    }
     stops = f"{statuses.count('pruned')} of {_count(len(statuses), 'trial')} pruned, {statuses.count('failed')} failed"
     return f"{sums[stage] / total:.0%} of {total:,.0f} s went into {words[stage]}; {stops}"
 

@@ -13,7 +13,7 @@ from raygard.report.html import both_themes, run_facts, settings_list, write_pag
 from raygard.report.search_findings import describe, listing, varied_settings
 from raygard.report.search_load import FINAL_REPORT, SearchFiles, last_proxy
 from raygard.report.search_masks import agreement, blocks_by_p, mask_path
-from raygard.search.choice import measure
+from raygard.search.choice import measure, rise_words
 from raygard.search.proxy import is_finite
 from raygard.search.tables import point_settings
 
@@ -51,6 +51,7 @@ def _content(files: SearchFiles) -> dict[str, Any]:
         "pruning": search_findings.pruning(files) if search.get("proxy") else None,
         "setting_words": [words for _, words in settings],
         "rows": _rows(files, settings),
+        "edited": any(c.get("base_loss_rise") is not None for c in files.candidates),
         "incomplete": any(c["incomplete"] for c in files.candidates),
         "controls": [_control_row(c) for c in files.controls],
         "classes": search.get("classes") or [],
@@ -67,7 +68,10 @@ def headline(files: SearchFiles) -> str:
     point = describe(files.pick, varied_settings(files.candidates))
     if files.choice["meets_budget"]:
         return f"Release with {point}."
-    return f"No p meets the legal budget of {files.budget:g}; the nearest is {point}."
+    budgets = f"legal budget of {files.budget:g}"
+    if files.choice.get("base_loss_budget") is not None:
+        budgets += f" and keeps the release's own loss within {100 * files.choice['base_loss_budget']:g} %"
+    return f"No p meets the {budgets}; the nearest is {point}."
 
 
 def verdict(files: SearchFiles) -> list[str]:
@@ -229,6 +233,7 @@ def _rows(files: SearchFiles, settings: list[tuple[str, str]]) -> list[dict[str,
             "name": c["candidate_id"],
             "settings": [_setting(c[field]) for field, _ in settings],
             "params": f"{c['param_share']:.1%}",
+            "rise": rise_words(c.get("base_loss_rise")),
             "proxy": measure(proxy["score"] if proxy else None, None),
             "fidelity": f"at {proxy['fidelity']:g}" if proxy else "",
             "score": measure(c["score"], None),
@@ -240,7 +245,7 @@ def _rows(files: SearchFiles, settings: list[tuple[str, str]]) -> list[dict[str,
     for trial in files.trials:
         if not trial["candidates"]:
             point = point_settings(trial["point"])
-            row = dict.fromkeys(("params", "proxy", "score", "mitigation", "legal_impact"), "-")
+            row = dict.fromkeys(("params", "rise", "proxy", "score", "mitigation", "legal_impact"), "-")
             row |= dict.fromkeys(("fidelity", "mitigation_ci", "legal_impact_ci"), "")
             text = {"name": trial["trial_id"], "mark": trial["status"], "reason": redact(trial["reason"] or "")}
             rows.append({**row, **text, "settings": [_setting(point[field]) for field, _ in settings], "own": False})

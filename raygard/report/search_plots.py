@@ -18,7 +18,13 @@ Record = Mapping[str, Any]
 
 MITIGATION_AXIS = "mitigation (share blocked)"
 LEGAL_AXIS = "legal impact (share blocked)"
-STAGES = {"learn": "freeze", "adapt": "random", "generate": "largest-first", "score": "none"}
+STAGES = {
+    "learn": "freeze",
+    "values": "random-matched",
+    "adapt": "random",
+    "generate": "largest-first",
+    "score": "none",
+}
 PROXY_PARTS = (
     ("mitigation", "mitigation", "random", "s"),
     ("legal_impact", "legal impact", "largest-first", "v"),
@@ -261,6 +267,8 @@ def cost(trials: Sequence[Record], theme: int) -> bytes:
     left = np.zeros(len(trials))
     for stage, defence in STAGES.items():
         widths = np.array([trial["seconds"].get(stage) or 0.0 for trial in trials])
+        if not widths.any():
+            continue
         axis.barh(range(len(trials)), widths, 0.72, left=left, color=plots.colour_of(defence, theme), label=stage)
         left += widths
     names = [t["trial_id"] + ("" if t["status"] == "scored" else f" ({t['status']})") for t in trials]

@@ -27,6 +27,9 @@ class Pick(Record):
     legal_impact_ci: Interval = Field(description="95 % interval; its upper end is held against the budget")
     freeze_ratio: float = Field(ge=0, le=1, description="share of parameter tensors frozen")
     param_share: float = Field(ge=0, le=1, description="share of parameters frozen")
+    base_loss_rise: float | None = Field(
+        description="rise of the release's own loss on general pictures by the mask's values, as a share; null without"
+    )
     mask_sha256: str
     mask: str = Field(description="mask folder, relative to the search directory")
 
@@ -61,6 +64,9 @@ class Choice(Record):
     seed: int
     rule: str = Field(description="the rule of the choice, in one sentence")
     legal_budget: float = Field(ge=0, le=1)
+    base_loss_budget: float | None = Field(
+        ge=0, description="largest rise of the release's own loss, as a share; null where masks carry no values"
+    )
     legal_penalty: float = Field(
         ge=0, description="weight of the legal impact above the budget in the scores that steered the search"
     )

@@ -19,6 +19,9 @@ SAVINGS = (
     " Of those within {tolerance:g} of the largest mitigation, the one that freezes the largest share of the "
     "parameters: its users save most."
 )
+RETAINED = (
+    " A mask that carries values must also raise the release's own loss on general pictures by at most {budget:g} %."
+)
 MEASURED = ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
 
 Candidate = Mapping[str, Any]
@@ -33,6 +36,7 @@ def choose(
     config_hash: str,
     seed: int,
     savings_tolerance: float = 0.0,
+    base_loss_budget: float | None = None,
     notes: Sequence[str] = (),
     resolvable_legal_impact: float | None = None,
 ) -> dict[str, Any]:
@@ -44,6 +48,8 @@ def choose(
     candidate meets the budget, more mitigation comes first among them.
     savings_tolerance: how much mitigation is given up for a mask that saves users more, which is one that freezes more
     parameters (docs/performance.md); 0 gives up none.
+    base_loss_budget: largest rise of the release's own loss, as a share; None where no candidate carries values.
+    Where some keep it, the front is of these.
     legal_penalty, config_hash, seed: recorded, they do not act on the choice.
     notes, resolvable_legal_impact: of the publisher half, as in outcome.json; recorded, and in the statement.
     Raises RaygardError if no candidate can be considered, or if two share a candidate_id.
@@ -55,25 +61,31 @@ def choose(
     scored = sorted((c for c in candidates if _is_scored(c)), key=_most_mitigation)
     if not scored:
         raise RaygardError(_nothing_scored(candidates, domain))
-    within = [c for c in scored if _upper(c) <= legal_budget]
+    keeping = [c for c in scored if _keeps_release(c, base_loss_budget)]
+    within = [c for c in keeping if _upper(c) <= legal_budget]
     near = [c for c in within if c["mitigation"] >= within[0]["mitigation"] - savings_tolerance]
     if savings_tolerance:
         near.sort(key=lambda c: -c["param_share"])
     chosen = next(iter(near), None)
-    nearest = None if chosen is not None else min(scored, key=_least_impact)
+    # What spoils the release is no alternative to what keeps it.
+    pool = keeping or scored
+    nearest = None if chosen is not None else min(pool, key=_least_impact)
+    rule = RULE + (SAVINGS.format(tolerance=savings_tolerance) if savings_tolerance else "")
+    rule += "" if base_loss_budget is None else RETAINED.format(budget=100 * base_loss_budget)
     return _finished(
         {
             "schema_version": 1,
             "domain": domain,
             "config_hash": config_hash,
             "seed": seed,
-            "rule": RULE + (SAVINGS.format(tolerance=savings_tolerance) if savings_tolerance else ""),
+            "rule": rule,
             "legal_budget": legal_budget,
+            "base_loss_budget": base_loss_budget,
             "legal_penalty": legal_penalty,
             "meets_budget": chosen is not None,
             "chosen": _pick(chosen),
             "nearest": _pick(nearest),
-            "front": [c["candidate_id"] for c in scored if not any(_dominates(other, c) for other in scored)],
+            "front": [c["candidate_id"] for c in pool if not any(_dominates(other, c) for other in pool)],
             "considered": len(scored),
             "notes": list(notes),
             "resolvable_legal_impact": resolvable_legal_impact,
@@ -155,6 +167,11 @@ def _least_impact(candidate: Candidate) -> tuple[float, float, float, str]:
     return _upper(candidate), -candidate["mitigation"], candidate["p"], candidate["candidate_id"]
 
 
+def _keeps_release(candidate: Candidate, base_loss_budget: float | None) -> bool:
+    rise = candidate.get("base_loss_rise")
+    return base_loss_budget is None or rise is None or bool(rise <= base_loss_budget)
+
+
 def _dominates(first: Candidate, second: Candidate) -> bool:
     # By the upper bound, as the rule has it: a point estimate could drop the chosen candidate from the front.
     gain, cost = first["mitigation"] - second["mitigation"], _upper(first) - _upper(second)
@@ -162,7 +179,7 @@ def _dominates(first: Candidate, second: Candidate) -> bool:
 
 
 def _pick(candidate: Candidate | None) -> dict[str, Any] | None:
-    return None if candidate is None else {field: candidate[field] for field in Pick.model_fields}
+    return None if candidate is None else {field: candidate.get(field) for field in Pick.model_fields}
 
 
 def measure(value: float | None, interval: Sequence[float] | None) -> str:
@@ -170,8 +187,14 @@ def measure(value: float | None, interval: Sequence[float] | None) -> str:
     return "-" if value is None else f"{value:.3f} {bracket(interval)}".rstrip()
 
 
+def rise_words(rise: float | None) -> str:
+    """`+1.9 %`, or `-` for null: of the release's own loss."""
+    return "-" if rise is None else f"{100 * rise:+.1f} %"
+
+
 def _statement(choice: Mapping[str, Any]) -> str:
     pick, budget, count = pick_of(choice), choice["legal_budget"], choice["considered"]
+    own_budget, rise = choice["base_loss_budget"], pick["base_loss_rise"]
     point = f"p = {pick['p']:g} (T = {pick['T']:g}, L = {pick['L']})"
     scored = f"publisher half, {count} candidate{'s' * (count > 1)} scored"
     if choice["meets_budget"]:
@@ -179,10 +202,15 @@ def _statement(choice: Mapping[str, Any]) -> str:
             f"Release with {point}: {_both(pick)}, whose upper bound is within the budget of {budget:g} ({scored})."
         ]
     else:
+        also = (
+            "" if own_budget is None else f" and the release's own loss from rising by more than {100 * own_budget:g} %"
+        )
         sentences = [
-            f"No p meets the budget: no candidate keeps the upper 95 % bound of its legal impact within {budget:g} "
-            f"({scored}). The nearest is {point}: {_both(pick)}, upper bound {_upper(pick):.4g}."
+            "No p meets the budget: no candidate keeps the upper 95 % bound of its legal impact within "
+            f"{budget:g}{also} ({scored}). The nearest is {point}: {_both(pick)}, upper bound {_upper(pick):.4g}."
         ]
+    if rise is not None:
+        sentences.append(f"Its values change the release's own loss on general pictures by {rise_words(rise)}.")
     if pick["mitigation_ci"][0] <= 0:
         sentences.append("Its mitigation is not shown to be above zero.")
     sentences += _conditions(choice)

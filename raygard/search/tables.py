@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raygard.search.choice import measure, over_seeds_words, pick_of
+from raygard.search.choice import measure, over_seeds_words, pick_of, rise_words
 
 SETTINGS = ("p", "T", "L", "K", "rule", "illegal_weight", "legal_weight")
-SHARES = ("freeze_ratio", "param_share")
+SHARES = ("freeze_ratio", "param_share", "base_loss_rise")
 PROXY = ("score", "mitigation", "legal_impact")
-SECONDS = ("learn", "adapt", "generate", "score", "total")
+SECONDS = ("learn", "values", "adapt", "generate", "score", "total")
 POINT = {"p": "freeze_ratio", "T": "temperature", "L": "inner_steps", "K": "publisher_steps"}
 DOMAIN_HEADER = ("domain", "p", "T", "L", "mitigation [95 %]", "legal impact [95 %]")
 
@@ -76,14 +76,17 @@ def format_trials(search: Content, choice: Content) -> str:
     """The candidates of a search as plain text, by p, T and L, what is incomplete or failed and why, the statement.
 
     Settings that are the same for all candidates, other than p, T and L, are left out. `proxy` is the score expected
-    at the highest fidelity the candidate reached. The last column marks what is chosen, nearest, on the front,
-    incomplete, pruned or failed.
+    at the highest fidelity the candidate reached, `own loss` the rise of the release's own by the mask's values. The
+    last column marks what is chosen, nearest, on the front, incomplete, pruned or failed.
     """
     rows = _rows(search)
     varied = [name for name in SETTINGS[4:] if len({candidate[name] for _, candidate in rows}) > 1]
     settings = ["p", "T", "L", *varied]
+    # Only masks with values can move the release's own loss.
+    edited = any(candidate.get("base_loss_rise") is not None for _, candidate in rows)
     header = [name.replace("_", " ") for name in settings]
-    header += ["params", "proxy", "mitigation [95 %]", "legal impact [95 %]", "score", "seconds", ""]
+    own_loss = ["own loss"] * edited
+    header += ["params", *own_loss, "proxy", "mitigation [95 %]", "legal impact [95 %]", "score", "seconds", ""]
     lines = [header]
     for trial, candidate in rows:
         proxies = list(_proxies(candidate).values())
@@ -92,6 +95,7 @@ def format_trials(search: Content, choice: Content) -> str:
             [
                 *(_setting(candidate[name]) for name in settings),
                 "-" if share is None else f"{share:.1%}",
+                *[rise_words(candidate.get("base_loss_rise"))] * edited,
                 measure(proxies[-1]["score"] if proxies else None, None),
                 *_measured(candidate),
                 measure(candidate.get("score"), None),
@@ -152,8 +156,14 @@ def _domain_row(search: Content, choice: Content) -> list[str]:
     ]
 
 
+def _budgets(choice: Content) -> str:
+    own = choice.get("base_loss_budget")
+    also = "" if own is None else f", the release's own loss within {100 * own:g} %"
+    return f"{choice['legal_budget']:g} ({choice['domain']}{also})"
+
+
 def _domain_notes(rows: Sequence[tuple[Content, Content]]) -> list[str]:
-    missed = [f"{choice['legal_budget']:g} ({choice['domain']})" for _, choice in rows if not choice["meets_budget"]]
+    missed = [_budgets(choice) for _, choice in rows if not choice["meets_budget"]]
     notes = []
     if missed:
         notes.append(

@@ -12,7 +12,7 @@ import pytest
 
 from raygard.mask import FreezeMask
 from raygard.schemas import load as load_schema
-from tests.search_fixtures import SETTINGS, check_hierarchy
+from tests.search_fixtures import SETTINGS, check_hierarchy, start_search
 
 pytestmark = pytest.mark.distributed
 
@@ -85,6 +85,39 @@ def test_the_reported_outcome_is_of_the_user_half(searched) -> None:
 def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
     out, _ = searched
     check_hierarchy(f"sqlite:///{out / 'mlflow.db'}", read(out / "choice.json"))
+
+
+def test_with_values_every_candidate_is_a_release_of_its_own(patterns, tmp_path) -> None:
+    """One trial of two seeds: values in the candidate and in the other seed's mask, chosen by both budgets."""
+    import mlflow
+
+    out = tmp_path / "out"
+    overrides = ["domain.general=[bars]", "values.max_train_steps=6", "values.lr_warmup_steps=1"]
+    overrides += ["values.train_batch_size=8", "search.freeze_ratios=[0.3]", "search.inner_steps=[2]"]
+    overrides += ["search.controls=[]", "evaluation.mask_seeds=[0,1]", "domain.base_loss_budget=1e-9"]
+    process = start_search(patterns, out, *overrides)
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output[-4000:]
+    choice = read(out / "choice.json")
+    (trial,) = read(out / "search.json")["trials"]
+    (candidate,) = trial["candidates"]
+    mask = FreezeMask.load(out / candidate["mask"])
+    assert set(mask.values) == set(mask.frozen_names) and trial["seconds"]["values"] > 0
+    rise = mask.metrics["base_loss_after"] / mask.metrics["base_loss_before"] - 1
+    assert candidate["base_loss_rise"] == rise
+    # Six steps of training move the release's own loss, if by little, so its budget decides.
+    keeps = rise <= 1e-9 and candidate["legal_impact_ci"][1] <= 1
+    assert choice["meets_budget"] == keeps and (out / ("mask" if keeps else "nearest-mask")).exists()
+    seeds = [FreezeMask.load(path) for path in sorted((out / "final" / "evaluation" / "masks").glob("freeze-*"))]
+    assert [bool(each.values) for each in seeds] == [True, True] and seeds[0].sha256 == mask.sha256
+    losses = {row["defence"]: row["base_loss"] for row in read(out / "final" / "outcome.json")["summary"]}
+    assert losses["none"] != losses["freeze"]
+    client = mlflow.MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    (learning,) = [run for run in runs if run.info.run_name == "learn"]
+    assert {"publisher_illegal_loss", "values_legal_loss"} <= set(learning.data.metrics)
+    (own,) = [run for run in runs if "base_loss_rise" in run.data.metrics]
+    assert own.data.metrics["base_loss_rise"] == pytest.approx(rise)
 
 
 def test_a_stopped_trial_frees_its_workers_and_the_next_one_starts_beside_another_cluster(

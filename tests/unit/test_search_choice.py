@@ -56,6 +56,25 @@ def numbers(**fields):
 SEVERAL = numbers(mitigation=0.25, mitigation_ci=[0.1, 0.5], mask_seeds=[0, 7])
 
 
+def test_values_that_spoil_the_release_are_not_chosen():
+    """However much they block: with a budget for the release's own loss, what exceeds it is on no front either."""
+    spoilt = candidate("spoilt", 0.9, 0.01, base_loss_rise=0.05)
+    kept, plain = candidate("kept", 0.4, 0.03, base_loss_rise=0.02), candidate("plain", 0.1, 0.02)
+    found = chosen_from([spoilt, kept, plain], base_loss_budget=0.02)
+    assert found["chosen"]["candidate_id"] == "kept" and found["front"] == ["kept", "plain"]
+    assert (found["chosen"]["base_loss_rise"], found["base_loss_budget"]) == (0.02, 0.02)
+    assert "by at most 2 %" in found["rule"] and "own loss on general pictures by +2.0 %" in found["statement"]
+    assert chosen_from([spoilt, kept, plain])["chosen"]["candidate_id"] == "spoilt"
+
+
+def test_the_nearest_keeps_the_release_where_one_does():
+    spoilt, kept = candidate("spoilt", 0.9, 0.01, base_loss_rise=0.05), candidate("kept", 0.4, 0.3, base_loss_rise=0.0)
+    found = chosen_from([spoilt, kept], base_loss_budget=0.02)
+    assert (found["chosen"], found["nearest"]["candidate_id"]) == (None, "kept")
+    assert "and the release's own loss from rising by more than 2 %" in found["statement"]
+    assert chosen_from([spoilt], base_loss_budget=0.02)["nearest"]["candidate_id"] == "spoilt"
+
+
 # Few distinct values, so that ties and candidates exactly on the budget are common.
 LEVELS = st.sampled_from([-0.1, 0.0, 0.05, 0.1, 0.2])
 

@@ -12,10 +12,10 @@ from raygard.search_flow import learned_entry
 
 COLUMNS = (
     "domain,trial_id,candidate_id,phase,status,incomplete,p,T,L,K,rule,illegal_weight,legal_weight,freeze_ratio,param_share,"
-    "proxy_0.25_score,proxy_0.25_mitigation,proxy_0.25_legal_impact,"
+    "base_loss_rise,proxy_0.25_score,proxy_0.25_mitigation,proxy_0.25_legal_impact,"
     "proxy_1.0_score,proxy_1.0_mitigation,proxy_1.0_legal_impact,"
     "mitigation,mitigation_low,mitigation_high,legal_impact,legal_impact_low,legal_impact_high,score,"
-    "seconds_learn,seconds_adapt,seconds_generate,seconds_score,seconds_total,mask_sha256"
+    "seconds_learn,seconds_values,seconds_adapt,seconds_generate,seconds_score,seconds_total,mask_sha256"
 )
 
 
@@ -180,6 +180,15 @@ def test_text_marks_the_nearest_where_none_meets_the_budget():
     lines = format_trials(search, choice).splitlines()[2:7]
     assert [line.split()[-1] == "nearest" for line in lines] == [False, False, True, False, False]
     assert "chosen" not in format_trials(search, choice)
+
+
+def test_the_releases_own_loss_is_shown_where_masks_carry_values():
+    search, choice = searched([trial(0.3, 0.2, 0.04), trial(0.5, 0.3, 0.04)])
+    assert "own loss" not in format_trials(search, choice)
+    search["trials"][0]["candidates"][0]["base_loss_rise"] = 0.0125
+    first, _, row, other, *_ = format_trials(search, choice).splitlines()
+    assert "own loss" in first and "+1.2 %" in row and "%" not in other.replace("40.0%", "")
+    assert rows_of(search)[0]["base_loss_rise"] == "0.0125"
 
 
 def test_text_shows_a_setting_only_where_it_varies():

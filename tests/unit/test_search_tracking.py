@@ -119,6 +119,17 @@ def test_resumed_trial_reports_at_the_steps_it_had(begin, tmp_path):
     assert sorted((m.step, m.value) for m in history) == [(r["k"], pytest.approx(r["illegal_loss"])) for r in reports]
 
 
+def test_losses_of_the_values_stand_beside_those_of_the_mask(begin, tmp_path):
+    tracking = begin()
+    tracking.report("t", {"kind": "publisher", "k": 3, "illegal_loss": 0.4, "trial": "t"})
+    tracking.report("t", {"kind": "values", "k": 3, "illegal_loss": 1.4, "general_loss": 0.1, "trial": "t"})
+    tracking.trial(record("scored", candidates=[candidate(mitigation=0.2, base_loss_rise=0.01)]))
+    _, runs = runs_of(tmp_path)
+    expected = {"publisher_illegal_loss": 0.4, "values_illegal_loss": 1.4, "values_general_loss": 0.1}
+    assert runs["learn"].data.metrics == expected
+    assert runs["t"].data.metrics["base_loss_rise"] == 0.01
+
+
 def test_report_of_a_rung_logs_no_parts(begin, tmp_path):
     rung = {"trial": "t", "fidelity": 3, "scored": 0, "mitigations": [0.1], "legal_impacts": [None]}
     tracking = begin()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from report_run import tiny_unet
 
 from raygard.cluster.evaluation import EvaluationInputs, EvaluationJob, EvaluationPool
 from raygard.cluster.trial import TRIAL, Trial, TrialInputs, read_record, shares
+from raygard.cluster.values import ValuesInputs
 from raygard.config_file import load_config
+from raygard.mask import FreezeMask, select_frozen
 from raygard.search.space import grid
 from tests.unit.test_outcome import around, result
 
@@ -105,3 +110,39 @@ def test_a_failed_trial_is_not_finished_and_runs_again(trial) -> None:
 
 def test_what_users_have_cost_so_far_is_written_down(trial) -> None:
     assert trial.write("running", [], adapt_seconds=7.5)["seconds"]["adapt"] == 7.5
+
+
+def test_every_candidate_of_one_ranking_gets_values_of_its_own_once(trial, tmp_path, monkeypatch) -> None:
+    """Their losses would be one curve, so none of these trainings reports to Tune."""
+    from raygard.cluster import training
+    from raygard.cluster import trial as module
+
+    unet = tiny_unet()
+    count = len(list(unet.named_parameters()))
+    logits = torch.linspace(-1, 1, count, dtype=torch.float64)
+    learned, taught = [], []
+
+    def make(config, *arguments):
+        return FreezeMask.create(unet, select_frozen(-logits, torch.ones(count, dtype=torch.int64), arguments[-1]))
+
+    def teach(config, mask, inputs, seed, folder, *, callbacks):
+        taught.append((mask.ratio_by_count, inputs, list(callbacks)))
+        values = {name: unet.get_parameter(name).detach() + 1 for name in mask.frozen_names}
+        metrics = {"base_loss_before": 1.0, "base_loss_after": 1.0 + mask.ratio_by_count}
+        FreezeMask.create(unet, mask.frozen, values=values, metrics=metrics).save(folder / "mask")
+
+    monkeypatch.setattr(training, "learn", lambda *a, **k: learned.append(1) or (logits, logits))
+    monkeypatch.setattr(module, "make_mask", make)
+    monkeypatch.setattr(module, "release_values", teach)
+    config = load_config(None, ["search.freeze_ratios=[0.2,0.5]", "search.mode=one_ranking"])
+    inputs = replace(
+        trial.inputs, config=config.model_dump(mode="json"), values=ValuesInputs("cache", "general", "store")
+    )
+    (point,) = grid(config)
+    for _ in range(2):
+        found = Trial(point, inputs).learn(["callback"])
+    assert learned == [1] and [entry[1:] for entry in taught] == [(inputs.values, [])] * 2
+    assert [entry["base_loss_rise"] for entry in found] == pytest.approx([ratio for ratio, *_ in taught])
+    for entry in found:
+        mask = FreezeMask.load(tmp_path / entry["mask"])
+        assert mask.sha256 == entry["mask_sha256"] and set(mask.values) == set(mask.frozen_names)
