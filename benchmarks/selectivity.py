@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,7 @@ def main() -> None:
     bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, arguments.overrides)
     if arguments.swap:
         domain = bench.config.domain
-        swapped = domain.model_copy(update={"illegal": domain.legal, "legal": domain.illegal})
-        bench = replace(bench, config=bench.config.model_copy(update={"domain": swapped}))
+        bench = bench.with_domain(illegal=domain.legal, legal=domain.illegal)
     about = {"domain": arguments.domain, "swap": arguments.swap, "overrides": arguments.overrides}
     rows = []
     for p in arguments.p or [bench.config.mask.freeze_ratio]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from raygard.values import ValuesSource
 from raygard.values.batches import further_captions
 
 DRAWS = 8
+# Of the domain: what does not change the pictures of a class.
+UNDECIDING = {"name", "illegal", "legal", "unseen", "legal_budget", "base_loss_budget"}
 # Style words that name nothing; the caption of an attacker who avoids the name.
 ALIASES = ("zorb", "quibble", "flandor", "mexit", "turvane")
 
@@ -84,26 +86,30 @@ class User:
 class Bench:
     """Model, pictures and settings that all rules share. Latents and embeddings are cached under `cache`.
 
-    unseen: legal classes that no rule may look at. held_out: captions of general pictures that the base model was not
-    trained on either, by class.
+    No rule may look at the domain's `unseen` classes. held_out: captions of general pictures that the base model was
+    not trained on either, by class.
     """
 
     config: RunConfig
     cache: Path
-    unseen: Sequence[str] = ()
     held_out: Mapping[str, Set[str]] = field(default_factory=dict)
     _embedded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def roles(self) -> dict[str, str]:
         """Role of each class that users adapt to."""
-        return {**self.classes, **dict.fromkeys(self.unseen, "unseen")}
+        return {**self.classes, **dict.fromkeys(self.config.domain.unseen, "unseen")}
 
     @property
     def classes(self) -> dict[str, str]:
         """Role of each class that a rule may look at."""
         domain = self.config.domain
         return {cls: role for role in ("illegal", "legal") for cls in getattr(domain, role)}
+
+    def with_domain(self, **changes: tuple[str, ...]) -> Bench:
+        """The same bench with other classes in some roles; nothing that is cached in memory is shared."""
+        domain = self.config.domain.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"domain": domain}), _embedded={})
 
     @cached_property
     def learn(self) -> LatentSet:
@@ -191,13 +197,14 @@ class Bench:
 
     def adapted(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> Result:
         """Held-out loss and scorer's distance of a class after a user has adapted the release to it under `mask`."""
-        return self._result(self._user(mask, cls, attack, seed), cls, self.users(cls, attack)[1])
+        return self._result(self.user(mask, cls, attack, seed), cls, self.users(cls, attack)[1])
 
     def drawn(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int, count: int) -> NDArray[np.uint8]:
         """What that user draws for the first reference captions: uint8 (count, H, W, 3)."""
-        return self._draw(self._user(mask, cls, attack, seed), cls, self.users(cls, attack)[1], count)
+        return self._draw(self.user(mask, cls, attack, seed), cls, self.users(cls, attack)[1], count)
 
-    def _user(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> nn.Module:
+    def user(self, mask: FreezeMask | None, cls: str, attack: Attack, seed: int) -> nn.Module:
+        """The denoiser of a user who has adapted the release to a class under `mask`."""
         train = self.users(cls, attack)[0]
         adapt = self.config.adapt
         settings = adapt.model_copy(
@@ -209,6 +216,11 @@ class Bench:
         unet = load_denoiser(self.config.model)
         full(unet, train, settings, self.loss, mask=mask, seed=seed)
         return unet
+
+    def distance(self, unet: nn.Module, cls: str, attack: Attack) -> float:
+        """The scorer's distance of what a denoiser draws for a class's reference captions."""
+        reference = self.users(cls, attack)[1]
+        return self._distance(self._draw(unet, cls, reference, self.config.generation.num_images), cls)
 
     def unguarded(self, cls: str, attack: Attack, seed: int) -> Result:
         """The same without any mask, computed once and kept in the cache."""
@@ -263,11 +275,13 @@ class Bench:
         ]
 
     def _result(self, unet: nn.Module, cls: str, reference: LatentSet) -> Result:
-        drawn = self._scorer.embed(self._draw(unet, cls, reference, self.config.generation.num_images))
+        drawn = self._draw(unet, cls, reference, self.config.generation.num_images)
+        return Result(self._held_out(unet, reference), self._distance(drawn, cls))
+
+    def _distance(self, pictures: NDArray[np.uint8], cls: str) -> float:
         if cls not in self._embedded:
             self._embedded[cls] = self._scorer.embed(self.reference_pictures(cls))
-        distance = float(self._scorer.distances(drawn, self._embedded[cls]).mean())
-        return Result(self._held_out(unet, reference), distance)
+        return float(self._scorer.distances(self._scorer.embed(pictures), self._embedded[cls]).mean())
 
     def _draw(self, unet: nn.Module, cls: str, reference: LatentSet, count: int) -> NDArray[np.uint8]:
         captions = [reference.captions[index % len(reference)] for index in range(count)]
@@ -287,7 +301,7 @@ class Bench:
         config = self.config
         settings = [getattr(config, name).model_dump(mode="json") for name in ("model", "adapt", "generation")]
         # Roles may change, the pictures of a class may not.
-        data = config.domain.model_dump(mode="json", exclude={"name", "illegal", "legal", "legal_budget"})
+        data = config.domain.model_dump(mode="json", exclude=UNDECIDING)
         named = {"parts": parts, "settings": settings, "data": data, "scorer": config.evaluation.scorer}
         return content_key({**named, "seed": config.seed, "draws": DRAWS})
 
@@ -315,9 +329,7 @@ class Bench:
 
     @cached_property
     def _domain(self) -> Domain:
-        # Unseen classes are divided like the others, so that they have parts to adapt to and to score.
-        named = self.config.domain.legal + tuple(self.unseen)
-        return load_domain(self.config.domain.model_copy(update={"legal": named}))
+        return load_domain(self.config.domain)
 
     def _load(self, stage: str, parts: list[tuple[str, str]], further_captions: Sequence[str] = ()) -> LatentSet:
         view, folder = self._domain.view(stage), self.cache / "latents"

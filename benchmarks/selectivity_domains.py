@@ -20,9 +20,9 @@ CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 
 def emoji_styles(cache: Path, pictures: Path | None, overrides: Sequence[str]) -> Bench:
     """Styles drawn in black and white, on the bundled model; what its training held out is held out."""
-    named = ["domain.illegal=[Noto Line]", "domain.legal=[Fluent High Contrast]"]
+    named = ["domain.illegal=[Noto Line]", "domain.legal=[Fluent High Contrast]", "domain.unseen=[EmojiOne Monotone]"]
     config = load_config(CONFIGS / "search.yaml", [*named, *overrides])
-    return Bench(config, cache, ["EmojiOne Monotone"], _never_trained_on())
+    return Bench(config, cache, _never_trained_on())
 
 
 def _never_trained_on() -> dict[str, set[str]]:
@@ -43,7 +43,7 @@ def faces_small(cache: Path, pictures: Path | None, overrides: Sequence[str]) ->
     config = load_config(CONFIGS / "faces-small.yaml", [*where, "mask.freeze_ratio=0.5", *overrides])
     rows = map(json.loads, (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     held_out = {HELD_OUT: {row["text"] for row in rows if row["class"] == HELD_OUT}}
-    return Bench(config, cache, ["person 07", "person 08"], held_out)
+    return Bench(config, cache, held_out)
 
 
 def one_style(cache: Path, pictures: Path | None, overrides: Sequence[str]) -> Bench:
@@ -57,8 +57,9 @@ def one_style(cache: Path, pictures: Path | None, overrides: Sequence[str]) -> B
             row["class"] = names[index % len(names)]
             row["text"] = row["text"].replace(style, row["class"])
         write_imagefolder(rows, DOMAIN_DIR, folder)
-    split_ = [f"domain.data={folder}", f"domain.illegal=[{names[0]}]", f"domain.legal=[{names[1]}]"]
-    return Bench(load_config(CONFIGS / "search.yaml", [*split_, *overrides]), cache, names[2:], _never_trained_on())
+    roles = zip(("illegal", "legal", "unseen"), names, strict=True)
+    split_ = [f"domain.data={folder}", *(f"domain.{role}=[{name}]" for role, name in roles)]
+    return Bench(load_config(CONFIGS / "search.yaml", [*split_, *overrides]), cache, _never_trained_on())
 
 
 DOMAINS: dict[str, Callable[[Path, Path | None, Sequence[str]], Bench]] = {

@@ -20,7 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,9 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, attacks: Sequence[Attack]) -> None:
     """Run every user and append what was found to the results file."""
     overrides, unseen = SETTINGS[arguments.domain]
-    bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, [*overrides, *arguments.overrides])
-    bench = replace(bench, unseen=[cls for cls in unseen if cls not in bench.classes])
+    settings = [*overrides, "domain.unseen=[]", *arguments.overrides]
+    bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, settings)
+    bench = bench.with_domain(unseen=tuple(cls for cls in unseen if cls not in bench.classes))
     sketcher = Sketcher(SECRET)
     known = references(bench, sketcher, arguments.runs, arguments.references)
     own = recall(known, false_alarms=arguments.false_alarms)
@@ -237,7 +238,7 @@ def user(bench: Bench, cls: str, attack: Attack, seed: int) -> State:
 
 
 def _other(bench: Bench) -> LatentSet:
-    return bench.select.subset(bench.select.rows(bench.unseen[0], "select_adapt"))
+    return bench.select.subset(bench.select.rows(bench.config.domain.unseen[0], "select_adapt"))
 
 
 def _train(

@@ -48,7 +48,7 @@ def connected(config: Any, out: Path, *, learns: bool = True, evaluates: bool = 
 
 def print_outcome(flow: Any, outcome: dict[str, Any]) -> None:
     """The outcome's table, and where its files lie."""
-    from raygard.outcome import format_table
+    from raygard.outcome_text import format_table
     from raygard.redaction import redact
 
     print(format_table(outcome))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import CompareConfig
+from raygard.config_domain import DomainConfig
 from raygard.config_section import UNQUOTED_NO, Section, check_batch, once
 from raygard.errors import nearest
 from raygard.redaction import without_credentials
@@ -40,49 +41,6 @@ class ModelConfig(Section):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="overrides the scheduler's own setting"
     )
-
-
-class DomainConfig(Section):
-    """Pictures, and which classes are illegal, legal and general (pretraining) material."""
-
-    name: str = "emoji-styles"
-    data: str = Field(
-        "zoo:emoji-styles", description="imagefolder with metadata.jsonl or metadata.csv, or 'zoo:emoji-styles'"
-    )
-    caption_column: str = "text"
-    class_column: str | None = Field("class", description="null: a table without classes is one class, 'all'")
-    illegal: tuple[str, ...] = Field(("OpenMoji", "Noto Line"), min_length=1)
-    legal: tuple[str, ...] = Field(("Fluent High Contrast", "EmojiOne Monotone"), min_length=1)
-    general: tuple[str, ...] = Field(
-        (), description="classes the base model was trained on; used only for its own loss"
-    )
-    resolution: int | None = Field(None, ge=16, le=2048, description="pixels; null: the model's own")
-    center_crop: bool = True
-    max_per_class: int | None = Field(None, ge=4)
-    publisher_fraction: float = Field(0.5, gt=0, lt=1, description="share of each class for the publisher half")
-    learn_fraction: float = Field(
-        0.5, gt=0, lt=1, description="share of the publisher half used to learn, rest to select"
-    )
-    adapt_fraction: float = Field(
-        0.5, gt=0, lt=1, description="share of the user half to fine-tune on, rest is reference"
-    )
-    upper_fraction: float = Field(1 / 3, gt=0, lt=1, description="share of the learn part kept for upper batches only")
-    min_part: int = Field(4, ge=1, description="a class with fewer pictures in any part is refused")
-    legal_budget: float = Field(0.05, ge=0, le=1, description="largest tolerated legal impact")
-    base_loss_budget: float = Field(0.02, ge=0, description="largest rise of the release's own loss by trained values")
-    sensitive: bool = Field(False, description="no picture goes into a report or to MLflow (docs/security.md)")
-
-    @model_validator(mode="after")
-    def _roles_are_disjoint(self) -> DomainConfig:
-        for role in ("illegal", "legal", "general"):
-            classes = getattr(self, role)
-            if len(set(classes)) != len(classes):
-                raise ValueError(f"domain.{role} names a class twice: {', '.join(classes)}")
-        for first, second in (("illegal", "legal"), ("illegal", "general"), ("legal", "general")):
-            both = sorted(set(getattr(self, first)) & set(getattr(self, second)))
-            if both:
-                raise ValueError(f"class '{both[0]}' is both {first} and {second}; give it one role")
-        return self
 
 
 class MaskConfig(Section):

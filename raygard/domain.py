@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ from raygard.imagefolder import Entry, read_entries, resolve_data
 from raygard.near_duplicates import group_near_duplicates, thumbnail
 from raygard.pictures import digest, read_picture
 
-PUBLISHER_PARTS = ("learn_lower", "learn_upper", "select_adapt", "select_reference")
+LEARN_PARTS = ("learn_lower", "learn_upper")
+PUBLISHER_PARTS = (*LEARN_PARTS, "select_adapt", "select_reference")
 USER_PARTS = ("adapt", "reference")
 PARTS = PUBLISHER_PARTS + USER_PARTS
 GENERAL = "general"
-ROLES = ("illegal", "legal", GENERAL)
+ROLES = ("illegal", "legal", "unseen", GENERAL)
 
 STAGE_READS: Mapping[str, frozenset[str]] = {
     "relearn": frozenset({"learn_lower"}),
-    "learn": frozenset({"learn_lower", "learn_upper"}),
-    "values": frozenset({"learn_lower", "learn_upper", GENERAL}),
-    "traces": frozenset({"learn_lower", "learn_upper", GENERAL}),
+    "learn": frozenset(LEARN_PARTS),
+    "values": frozenset({*LEARN_PARTS, GENERAL}),
+    "traces": frozenset({*LEARN_PARTS, GENERAL}),
     "base_loss": frozenset({GENERAL}),
     "select": frozenset({"select_adapt", "select_reference"}),
     "evaluate": frozenset({"adapt", "reference"}),
@@ -65,16 +66,12 @@ class Domain:
     legal: tuple[str, ...]
     general: tuple[str, ...]
     parts: Mapping[str, Mapping[str, tuple[Picture, ...]]]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Illegal, then legal classes: those that are adapted and scored."""
-        return self.illegal + self.legal
+    unseen: tuple[str, ...] = ()
 
     @property
     def learn_parts(self) -> list[tuple[str, str]]:
         """(class, part) of all that a publisher learns from."""
-        return [(cls, part) for cls in self.classes for part in ("learn_lower", "learn_upper")]
+        return [(cls, part) for cls in self.illegal + self.legal for part in LEARN_PARTS]
 
     @property
     def general_parts(self) -> list[tuple[str, str]]:
@@ -82,11 +79,11 @@ class Domain:
         return [(cls, GENERAL) for cls in self.general]
 
     def role(self, cls: str) -> str:
-        """`illegal`, `legal` or `general`. Raises RaygardError for a class the domain does not name."""
+        """`illegal`, `legal`, `unseen` or `general`. Raises RaygardError for a class the domain does not name."""
         for role in ROLES:
             if cls in getattr(self, role):
                 return role
-        known = self.classes + self.general
+        known = self.illegal + self.legal + self.unseen + self.general
         raise RaygardError(f"domain '{self.name}' has no class '{cls}'{nearest(cls, known)}")
 
     def view(self, stage: str) -> DomainView:
@@ -136,7 +133,7 @@ def load_domain(config: DomainConfig) -> Domain:
     for entry in entries:
         by_class.setdefault(entry.cls, []).append(entry)
     parts: dict[str, dict[str, tuple[Picture, ...]]] = {}
-    for cls in config.illegal + config.legal + config.general:
+    for cls in config.illegal + config.legal + config.unseen + config.general:
         if cls not in by_class:
             raise RaygardError(
                 f"{folder}: no pictures of class '{cls}' (column '{config.class_column}'); "
@@ -147,9 +144,11 @@ def load_domain(config: DomainConfig) -> Domain:
             groups = _head(groups, config.max_per_class)
         pictures = [picture for group in groups for picture in group]
         parts[cls] = {GENERAL: tuple(pictures)} if cls in config.general else _divide(cls, groups, config)
-    domain = Domain(config.name, config.illegal, config.legal, config.general, parts)
+    domain = Domain(config.name, config.illegal, config.legal, config.general, parts, config.unseen)
     _check_disjoint(domain)
-    return domain
+    # Unseen classes are cut as others are, so that their users have as much, but what others learn from is nobody's.
+    kept = {cls: {part: own for part, own in parts[cls].items() if part not in LEARN_PARTS} for cls in config.unseen}
+    return replace(domain, parts={**parts, **kept})
 
 
 def _groups(entries: Sequence[Entry]) -> list[list[Picture]]:
@@ -259,5 +258,6 @@ def domain_fingerprint(domain: Domain) -> str:
         for cls, parts in domain.parts.items()
     }
     roles = [list(domain.illegal), list(domain.legal), list(domain.general)]
+    roles += [list(domain.unseen)] * bool(domain.unseen)
     text = json.dumps([roles, content], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -32,7 +32,7 @@ from raygard.domain import Domain, load_domain
 from raygard.errors import RaygardError
 from raygard.files import scratch, write_text
 from raygard.mask import FreezeMask
-from raygard.outcome import build_outcome
+from raygard.outcome import PARTS, build_outcome
 from raygard.pictures import read_pixels
 from raygard.progress import Progress
 from raygard.report import build_report
@@ -312,7 +312,7 @@ class Flow:
 
         config = self.config
         stage, adapt_part, reference_part = _half(config)
-        classes = (*config.domain.illegal, *config.domain.legal)
+        classes = [cls for cls, _ in config.domain.adapted]
         parts = (adapt_part, reference_part) if milestones else (adapt_part,)
         return EvaluationInputs(
             config=config.model_dump(mode="json"),
@@ -360,7 +360,7 @@ class Flow:
         """What decides a learning stage, as JSON: the named sections, domain, model and seed."""
         config = self.config
         found: dict[str, Any] = {"model": self.model_hash, "seed": config.seed, "stage": sections}
-        exclude = {"legal_budget", "base_loss_budget", "sensitive"}
+        exclude = {"unseen", "legal_budget", "base_loss_budget", "sensitive"}
         found["domain"] = config.domain.model_dump(mode="json", exclude=exclude)
         for section in sections:
             if section == "bilevel_user":
@@ -419,7 +419,7 @@ class Flow:
         from raygard.cluster.evaluation import EvaluationJob
 
         evaluation, jobs = self.config.evaluation, []
-        classes = [(cls, role) for role in ("illegal", "legal") for cls in getattr(self.config.domain, role)]
+        classes = self.config.domain.adapted
         for cls, role in classes:
             jobs.append(EvaluationJob("base", cls, role))
         for seed in evaluation.adaptation_seeds:
@@ -466,7 +466,7 @@ class Flow:
     def _track_outcome(self, outcome: dict[str, Any]) -> None:
         for entry in outcome["summary"]:
             name = entry["defence"].replace("-", "_")
-            fields = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "base_loss")
+            fields = (*PARTS, "relative_illegal", "relative_legal", "base_loss")
             values = {f"{name}_{field}": entry[field] for field in fields if entry[field] is not None}
             if values:
                 self.parent.metrics(values, step=0)

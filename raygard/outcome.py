@@ -35,6 +35,9 @@ SMALLEST_DISTANCE = 1e-12
 STANDARD_ERRORS = 3.0
 MIN_CLASSES_TO_RESAMPLE = 6
 ROLES = ("illegal", "legal")
+UNSEEN = "unseen"
+# What a defence is judged by, and of which classes: unseen ones are legal, and counted there as well.
+PARTS = {"mitigation": "illegal", "legal_impact": "legal", "unseen_impact": UNSEEN}
 
 Array = NDArray[np.float64]
 
@@ -64,9 +67,13 @@ class Cells:
 
 @dataclass(frozen=True)
 class Table:
-    """All results, indexed: which masks a defence has, which seeds, the cells of every class."""
+    """All results, indexed: which masks a defence has, which seeds, the cells of every class.
+
+    unseen: those of the legal classes that nothing was learned from.
+    """
 
     roles: dict[str, str]
+    unseen: frozenset[str]
     defences: tuple[str, ...]
     masks: dict[str, tuple[tuple[int, int], ...]]
     seeds: tuple[int, ...]
@@ -104,7 +111,7 @@ def outcome_and_samples(
     direction: "distance" or "similarity"; default: what the scorer's registry entry says.
     Raises RaygardError if a class lacks `base` or `none`, a job appears twice, or distances are not finite.
     """
-    table = _index(results, config.evaluation.defences)
+    table = _index(results, config.evaluation.defences, config.domain.unseen)
     direction = direction or _direction(config.evaluation.scorer)
     sign = _sign(direction)
     classes = [_gap(name, table, sign) for name in table.roles]
@@ -143,7 +150,10 @@ def outcome_and_samples(
             "summary": summary,
             "comparisons": _compare(summary, samples),
             "classes": classes,
-            "notes": _notes(table, classes, counted, {str(r["defence"]) for r in results if r["freeze_ratio"] > 0}),
+            "notes": [
+                *_notes(table, classes, counted, {str(r["defence"]) for r in results if r["freeze_ratio"] > 0}),
+                *_unseen_notes(table, counted, config.values.enabled),
+            ],
             "resolvable_legal_impact": None if interval is None else (interval[1] - interval[0]) / 2,
         }
     )
@@ -169,7 +179,7 @@ def _mask_key(result: Mapping[str, Any]) -> tuple[int, int]:
     )
 
 
-def _index(results: Sequence[Mapping[str, Any]], listed: Sequence[str]) -> Table:
+def _index(results: Sequence[Mapping[str, Any]], listed: Sequence[str], unseen: Sequence[str]) -> Table:
     if not results:
         raise RaygardError("there are no evaluation results to make an outcome of; run the evaluation first")
     roles: dict[str, str] = {}
@@ -203,6 +213,7 @@ def _index(results: Sequence[Mapping[str, Any]], listed: Sequence[str]) -> Table
     seeds = tuple(sorted({s for (name, _), cells in found.items() if name != BASE for _, s in cells}))
     return Table(
         roles=roles,
+        unseen=frozenset(unseen),
         defences=defences,
         masks=masks,
         seeds=seeds,
@@ -248,14 +259,20 @@ def _shares(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
 
 def _classes(name: str, role: str, table: Table, counted: set[str]) -> list[str]:
-    return [c for c, r in table.roles.items() if r == role and c in counted and (name, c) in table.cells]
+    return [c for c in _of_role(role, table) if c in counted and (name, c) in table.cells]
+
+
+def _of_role(role: str, table: Table) -> list[str]:
+    if role == UNSEEN:
+        return [c for c in table.roles if c in table.unseen]
+    return [c for c, r in table.roles.items() if r == role]
 
 
 def _summarise(
     name: str, table: Table, counted: set[str], samples: Mapping[tuple[str, str], Array], sign: float
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for role, field in (("illegal", "mitigation"), ("legal", "legal_impact")):
+    for field, role in PARTS.items():
         names = _classes(name, role, table, counted)
         guarded = np.array([table.cells[name, c].mean for c in names])
         full = np.array([table.cells[NONE, c].mean for c in names])
@@ -267,6 +284,8 @@ def _summarise(
             worst = {"class": names[index], "blocked": float(blocked[index])}
         summary[field] = float((guarded - full).sum() / (base - full).sum()) if names else None
         summary[f"{field}_ci"] = _interval(samples[name, role]) if names else None
+        if role == UNSEEN:
+            continue
         # A ratio to a distance of (almost) zero says nothing.
         relative = bool(names) and bool((np.abs(full) > SMALLEST_DISTANCE).all())
         summary[f"relative_{role}"] = float((sign * (guarded / full - 1)).mean()) if relative else None
@@ -320,7 +339,7 @@ def _bootstrap(table: Table, counted: set[str], config: RunConfig) -> dict[tuple
     samples = {}
     for name in table.defences:
         masks = _mask_weights(table.masks[name], num, derive_seed(config.seed, "bootstrap", "masks", name))
-        for role in ROLES:
+        for role in PARTS.values():
             names = _classes(name, role, table, counted)
             if not names:
                 continue
@@ -411,60 +430,16 @@ def _notes(table: Table, classes: Sequence[Mapping[str, Any]], counted: set[str]
     return notes
 
 
-def compare_sentence(outcome: Mapping[str, Any]) -> str:
-    """One honest sentence: does the learned mask beat random masks of the same parameter share?"""
-    entry = next((c for c in outcome["comparisons"] if c["against"] == CONTROL), None)
-    if entry is None:
-        return "The learned mask was not compared with random masks of the same parameter share."
-    if entry["mitigation_difference"] is None:
-        return "No illegal class counts, so the learned mask cannot be compared with random masks."
-    parts = []
-    for field, words in (("mitigation", "mitigation"), ("legal_impact", "legal impact")):
-        value, interval = entry[f"{field}_difference"], entry[f"{field}_difference_ci"]
-        if value is not None:
-            parts.append(f"{words} {signed(value)} {bracket(interval, sign=True)}")
-    low, high = entry["mitigation_difference_ci"]
-    if low > 0:
-        verdict = "The learned mask blocks more than random masks of the same parameter share"
-    elif high < 0:
-        verdict = "The learned mask blocks less than random masks of the same parameter share"
-    else:
-        verdict = "The learned mask cannot be told from random masks of the same parameter share"
-    return f"{verdict} (difference: {', '.join(parts)})."
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def bracket(interval: Sequence[float] | None, *, sign: bool = False) -> str:
-    """`[0.123, 0.456]`, or an empty string for None."""
-    if interval is None:
-        return ""
-    form = "+.3f" if sign else ".3f"
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def format_table(outcome: Mapping[str, Any]) -> str:
-    """The outcome as plain text: one line per defence, then how learned and random masks compare."""
-    header = ["defence", "tensors", "params", "mitigation [95 %]", "legal impact [95 %]"]
-    header += ["rel. illegal", "rel. legal"]
-    lines = [header]
-    for entry in outcome["summary"]:
-        cells = [entry["defence"], f"{entry['freeze_ratio']:.1%}", f"{entry['param_share']:.1%}"]
-        for field in ("mitigation", "legal_impact"):
-            value = entry[field]
-            cells.append("-" if value is None else f"{value:.3f} {bracket(entry[f'{field}_ci'])}")
-        for field in ("relative_illegal", "relative_legal"):
-            cells.append("-" if entry[field] is None else f"{entry[field]:+.1%}")
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    text.insert(1, "-" * len(text[0]))
-    if outcome["resolvable_legal_impact"] is not None:
-        text.append(
-            f"Smallest resolvable legal impact: {outcome['resolvable_legal_impact']:.3f} "
-            f"(budget {outcome['legal_budget']:g})."
-        )
-    text.append(compare_sentence(outcome))
-    return "\n".join(text)
+def _unseen_notes(table: Table, counted: set[str], taught: bool) -> list[str]:
+    """What the legal impact says of classes that the publisher did not know."""
+    names = _of_role(UNSEEN, table)
+    if any(c in counted for c in names):
+        return []
+    if names:
+        return [f"No unseen legal class has a gap above three standard errors ({', '.join(names)})."]
+    if not taught:
+        return []
+    return [
+        "Legal impact is conditional on the classes that the values were taught: what other users lose is not "
+        "measured (domain.unseen names no class)."
+    ]

@@ -132,8 +132,7 @@ class SearchFlow:
             EvaluationJob(defence, cls, role, seed=seed)
             for defence in reversed(YARDSTICKS)
             for seed in (self.config.evaluation.adaptation_seeds if defence == "none" else (0,))
-            for role in ("illegal", "legal")
-            for cls in getattr(self.config.domain, role)
+            for cls, role in self.config.domain.adapted
         ]
         with self.progress.bar("users without a mask", len(jobs)) as bar:
             results = run_jobs(jobs, inputs, pool, on_result=lambda result: bar.advance(1, result["class"]))
@@ -239,10 +238,9 @@ class SearchFlow:
             paths = save_controls(config, learned, folder, names, self.flow.relearn)
             for (name, draw), path in paths.items():
                 for seed in config.evaluation.adaptation_seeds:
-                    for role in ("illegal", "legal"):
-                        for cls in getattr(config.domain, role):
-                            owners.append((ratio, name))
-                            jobs.append(EvaluationJob(name, cls, role, draw, None, seed, path))
+                    for cls, role in config.domain.adapted:
+                        owners.append((ratio, name))
+                        jobs.append(EvaluationJob(name, cls, role, draw, None, seed, path))
         if not jobs:
             return []
         with self.progress.bar("control masks", len(jobs)) as bar:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raygard.flow import Flow
+from raygard.outcome import PARTS
 from raygard.search.choice import pick_of
 from raygard.search.space import dimensions
 from raygard.search.tables import point_settings
@@ -20,7 +21,7 @@ from raygard.values import ROLES
 # MLflow's compare page plots the parameters and the metric that were logged first, so nothing may come before these.
 SETTINGS = ("p", "T", "L")
 FURTHER = ("K", "rule", "illegal_weight", "legal_weight")
-SCORES = ("mitigation", "legal_impact", "relative_illegal", "relative_legal", "score", "param_share", "base_loss_rise")
+SCORES = (*PARTS, "relative_illegal", "relative_legal", "score", "param_share", "base_loss_rise")
 REPORTED = {
     "illegal_loss": "publisher_illegal_loss",
     "legal_loss": "publisher_legal_loss",
@@ -28,7 +29,6 @@ REPORTED = {
     "rounding_gap": "rounding_gap",
 }
 VALUES_REPORTED = {f"{role}_loss": f"values_{role}_loss" for role in ROLES}
-PARTS = ("mitigation", "legal_impact")
 
 
 class SearchTracking:
@@ -89,11 +89,11 @@ class SearchTracking:
             run.tags({"raygard.incomplete": ", ".join(candidate["incomplete"])})
         values = {name: candidate[name] for name in SCORES if candidate.get(name) is not None}
         for name in PARTS:
-            if candidate[f"{name}_ci"] is not None:
+            if candidate.get(f"{name}_ci") is not None:
                 values[f"{name}_low"], values[f"{name}_high"] = candidate[f"{name}_ci"]
         run.metrics(values, step=0)
         for step, entry in enumerate(candidate["proxy"]):
-            run.metrics({f"proxy_{name}": entry[name] for name in PARTS if entry[name] is not None}, step=step)
+            run.metrics({f"proxy_{name}": entry[name] for name in PARTS if entry.get(name) is not None}, step=step)
         run.tags({MASK_TAG: candidate["mask_sha256"]})
         run.artifact(self.flow.dir / candidate["mask"], "mask")
 
@@ -102,7 +102,7 @@ class SearchTracking:
         self._proxy_scores(search)
         pick, outcome = pick_of(choice), reported(choice)
         values = {f"chosen_{name}": pick[name] for name in ("p", "T", "L")}
-        values |= {f"select_{name}": pick[name] for name in PARTS}
+        values |= {f"select_{name}": pick[name] for name in PARTS if pick[name] is not None}
         values |= outcome
         values |= {f"seconds_{name}": value for name, value in search["seconds"].items()}
         for fidelity, entry in search["proxy"]["correlation"].items():

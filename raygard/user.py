@@ -147,7 +147,7 @@ def _all_general(config: DomainConfig, data: str, classes: tuple[str, ...]) -> D
     for cls in classes:
         if cls not in found:
             raise RaygardError(f"{data}: no pictures of class '{cls}'{nearest(cls, found)}")
-    roles = {"illegal": (), "legal": (), "general": tuple(dict.fromkeys(classes)) or tuple(found)}
+    roles = {"illegal": (), "legal": (), "unseen": (), "general": tuple(dict.fromkeys(classes)) or tuple(found)}
     return config.model_copy(update={"data": data, "class_column": column, **roles})
 
 

@@ -20,7 +20,7 @@ from raygard.defences import make_mask
 from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.mask import FreezeMask
-from raygard.outcome import build_outcome
+from raygard.outcome import PARTS, build_outcome
 from raygard.rundir import stage, stage_seconds
 from raygard.search.proxy import blocked_by_loss, score
 from raygard.search.space import Point, candidate_id, candidate_ratios, milestones, trial_config
@@ -28,9 +28,7 @@ from raygard.search.space import Point, candidate_id, candidate_ratios, mileston
 TRIAL, PROGRESS = "trial.json", "progress.json"
 SCHEMA_VERSION = 1
 FINISHED = ("scored", "pruned")
-OUTCOME_FIELDS = (
-    "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci", "relative_illegal", "relative_legal"
-)  # fmt: skip
+OUTCOME_FIELDS = (*PARTS, *(f"{part}_ci" for part in PARTS), "relative_illegal", "relative_legal")
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,7 @@ class Trial:
             EvaluationJob("freeze", cls, role, index, evaluation.mask_seeds[0], seed, str(self.mask_folder(entry["p"])))
             for index, entry in enumerate(candidates)
             for seed in evaluation.adaptation_seeds
-            for role in ("illegal", "legal")
-            for cls in getattr(domain, role)
+            for cls, role in domain.adapted
         ]
 
     def add_proxy(

@@ -16,7 +16,7 @@ from raygard.config_adapt import AdaptConfig
 from raygard.config_compare import NAME, variant_config
 from raygard.config_file import describe_error
 from raygard.errors import RaygardError, nearest
-from raygard.outcome import BASE, LEARNED, NONE, ROLES
+from raygard.outcome import BASE, LEARNED, NONE
 
 FOLLOWED_BY, AT = "+", "@"
 
@@ -144,7 +144,7 @@ def variants(config: RunConfig) -> tuple[Variant, ...]:
 
 def classes(config: RunConfig) -> list[tuple[str, str]]:
     """(class, role), illegal ones first."""
-    return [(cls, role) for role in ROLES for cls in getattr(config.domain, role)]
+    return list(config.domain.adapted)
 
 
 def plan_cells(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from raygard.compare.equal_impact import answers
 from raygard.compare.matrix import DONE, FAILED, UNFINISHED
-from raygard.outcome import bracket
+from raygard.outcome_text import bracket
 
 Summary = Mapping[str, Any]
 Lines = list[list[str]]

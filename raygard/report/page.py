@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from raygard.errors import RaygardError
-from raygard.outcome import bracket, compare_sentence
+from raygard.outcome_text import bracket, compare_sentence, shown_parts
 from raygard.redaction import redact
 from raygard.report import plots
 from raygard.report.html import both_themes, data_uri, percent_bracket, run_facts, settings_list, write_page
@@ -132,9 +132,9 @@ def verdict(outcome: Mapping[str, Any]) -> list[str]:
 def _cards(files: RunFiles) -> list[tuple[str, str, str]]:
     cards = []
     freeze = _summary(files.outcome, "freeze") if files.outcome else None
-    for field, words in (("mitigation", "mitigation"), ("legal_impact", "legal impact")):
+    for field in shown_parts(files.outcome) if files.outcome else ():
         if freeze and freeze[field] is not None:
-            cards.append((words, f"{freeze[field]:.3f}", f"95 % {bracket(freeze[f'{field}_ci'])}"))
+            cards.append((field.replace("_", " "), f"{freeze[field]:.3f}", f"95 % {bracket(freeze[f'{field}_ci'])}"))
     if files.mask:
         ratio = files.mask["ratio"]
         tensors = f"{ratio['frozen_tensors']} of {ratio['num_tensors']} tensors"
@@ -156,7 +156,8 @@ def _table(outcome: Mapping[str, Any]) -> list[dict[str, str]]:
             "n": str(sum(r["defence"] == s["defence"] for r in outcome["rows"])),
             "base_loss": "-" if s["base_loss"] is None else f"{s['base_loss']:.4f}",
         }
-        for field in ("mitigation", "legal_impact"):
+        row |= dict.fromkeys(("unseen_impact", "unseen_impact_ci"), "")
+        for field in shown_parts(outcome):
             row[field] = "-" if s[field] is None else f"{s[field]:.3f}"
             row[f"{field}_ci"] = bracket(s[f"{field}_ci"])
         for role in ("illegal", "legal"):

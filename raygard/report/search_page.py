@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raygard.outcome import bracket, compare_sentence
+from raygard.outcome_text import bracket, compare_sentence
 from raygard.redaction import redact
 from raygard.report import plots, search_findings, search_plots
 from raygard.report.html import both_themes, run_facts, settings_list, write_page
@@ -52,6 +52,7 @@ def _content(files: SearchFiles) -> dict[str, Any]:
         "setting_words": [words for _, words in settings],
         "rows": _rows(files, settings),
         "edited": any(c.get("base_loss_rise") is not None for c in files.candidates),
+        "unseen": any(c.get("unseen_impact") is not None for c in files.candidates),
         "incomplete": any(c["incomplete"] for c in files.candidates),
         "controls": [_control_row(c) for c in files.controls],
         "classes": search.get("classes") or [],
@@ -234,6 +235,7 @@ def _rows(files: SearchFiles, settings: list[tuple[str, str]]) -> list[dict[str,
             "settings": [_setting(c[field]) for field, _ in settings],
             "params": f"{c['param_share']:.1%}",
             "rise": rise_words(c.get("base_loss_rise")),
+            "unseen": measure(c.get("unseen_impact"), None),
             "proxy": measure(proxy["score"] if proxy else None, None),
             "fidelity": f"at {proxy['fidelity']:g}" if proxy else "",
             "score": measure(c["score"], None),
@@ -245,7 +247,7 @@ def _rows(files: SearchFiles, settings: list[tuple[str, str]]) -> list[dict[str,
     for trial in files.trials:
         if not trial["candidates"]:
             point = point_settings(trial["point"])
-            row = dict.fromkeys(("params", "rise", "proxy", "score", "mitigation", "legal_impact"), "-")
+            row = dict.fromkeys(("params", "rise", "unseen", "proxy", "score", "mitigation", "legal_impact"), "-")
             row |= dict.fromkeys(("fidelity", "mitigation_ci", "legal_impact_ci"), "")
             text = {"name": trial["trial_id"], "mark": trial["status"], "reason": redact(trial["reason"] or "")}
             rows.append({**row, **text, "settings": [_setting(point[field]) for field, _ in settings], "own": False})

@@ -25,6 +25,8 @@ class Pick(Record):
     mitigation_ci: Interval = Field(description="95 % interval")
     legal_impact: float
     legal_impact_ci: Interval = Field(description="95 % interval; its upper end is held against the budget")
+    unseen_impact: float | None = Field(description="legal impact of classes nothing was learned from; null without")
+    unseen_impact_ci: Interval | None = Field(description="95 % interval")
     freeze_ratio: float = Field(ge=0, le=1, description="share of parameter tensors frozen")
     param_share: float = Field(ge=0, le=1, description="share of parameters frozen")
     base_loss_rise: float | None = Field(
@@ -41,6 +43,8 @@ class Numbers(Record):
     mitigation_ci: Interval | None = Field(description="95 % interval")
     legal_impact: float | None
     legal_impact_ci: Interval | None = Field(description="95 % interval")
+    unseen_impact: float | None = Field(description="legal impact of classes nothing was learned from; null without")
+    unseen_impact_ci: Interval | None = Field(description="95 % interval")
 
 
 class UserHalf(Numbers):

@@ -58,6 +58,8 @@ class Summary(Record):
     mitigation_ci: Interval | None = Field(description="95 % percentile interval")
     legal_impact: float | None
     legal_impact_ci: Interval | None = Field(description="95 % percentile interval")
+    unseen_impact: float | None = Field(description="that of legal classes nothing was learned from; null without")
+    unseen_impact_ci: Interval | None = Field(description="95 % percentile interval")
     relative_illegal: float | None = Field(description="d(guarded) / d(full) - 1, mean over counted classes")
     relative_legal: float | None
     base_loss: float | None = Field(description="held-out loss of the released model on general pictures")

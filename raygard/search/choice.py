@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from raygard.errors import RaygardError
-from raygard.outcome import bracket
+from raygard.outcome import PARTS
+from raygard.outcome_text import bracket
 from raygard.schemas.choice import Choice, Pick
 from raygard.search.proxy import is_finite
 
@@ -22,7 +23,7 @@ SAVINGS = (
 RETAINED = (
     " A mask that carries values must also raise the release's own loss on general pictures by at most {budget:g} %."
 )
-MEASURED = ("mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
+MEASURED = tuple(field for part in PARTS for field in (part, f"{part}_ci"))
 
 Candidate = Mapping[str, Any]
 
@@ -103,12 +104,12 @@ def with_outcome(
 ) -> dict[str, Any]:
     """The choice with the user half's numbers and a statement that includes them.
 
-    released: mitigation, mitigation_ci, legal_impact, legal_impact_ci of the picked mask alone. over_seeds: the same
+    released: PARTS and their intervals, of the picked mask alone. over_seeds: the same
     as a mean over masks of several learning seeds, and `mask_seeds`. path: outcome.json they come from, relative to
     the search directory.
     """
-    outcome = {**{field: released[field] for field in MEASURED}, "path": path}
-    mean = None if over_seeds is None else {field: over_seeds[field] for field in (*MEASURED, "mask_seeds")}
+    outcome = {**{field: released.get(field) for field in MEASURED}, "path": path}
+    mean = None if over_seeds is None else {field: over_seeds.get(field) for field in (*MEASURED, "mask_seeds")}
     return _finished({**choice, "outcome": outcome, "outcome_over_seeds": mean})
 
 
@@ -249,7 +250,10 @@ def _user_half_verdict(outcome: Mapping[str, Any], budget: float) -> list[str]:
 
 
 def _both(numbers: Mapping[str, Any]) -> str:
-    return (
+    text = (
         f"mitigation {measure(numbers['mitigation'], numbers['mitigation_ci'])} at a legal impact of "
         f"{measure(numbers['legal_impact'], numbers['legal_impact_ci'])}"
     )
+    if numbers.get("unseen_impact") is None:
+        return text
+    return f"{text} ({measure(numbers['unseen_impact'], numbers['unseen_impact_ci'])} of unseen classes alone)"

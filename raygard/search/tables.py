@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raygard.outcome import PARTS
 from raygard.search.choice import measure, over_seeds_words, pick_of, rise_words
 
 SETTINGS = ("p", "T", "L", "K", "rule", "illegal_weight", "legal_weight")
@@ -55,7 +56,7 @@ def trials_csv(search: Content) -> str:
     fidelities = sorted({fidelity for _, candidate in rows for fidelity in _proxies(candidate)})
     columns = ["domain", "trial_id", "candidate_id", "phase", "status", "incomplete", *SETTINGS, *SHARES]
     columns += [f"proxy_{fidelity}_{field}" for fidelity in fidelities for field in PROXY]
-    columns += [f"{field}{end}" for field in ("mitigation", "legal_impact") for end in ("", "_low", "_high")]
+    columns += [f"{field}{end}" for field in PARTS for end in ("", "_low", "_high")]
     columns += ["score", *(f"seconds_{stage}" for stage in SECONDS), "mask_sha256"]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore", lineterminator="\n")
@@ -65,7 +66,7 @@ def trials_csv(search: Content) -> str:
         row["incomplete"] = "; ".join(candidate.get("incomplete", ()))
         for fidelity, entry in _proxies(candidate).items():
             row |= {f"proxy_{fidelity}_{field}": entry[field] for field in PROXY}
-        for field in ("mitigation", "legal_impact"):
+        for field in PARTS:
             row[f"{field}_low"], row[f"{field}_high"] = candidate.get(f"{field}_ci") or (None, None)
         row |= {f"seconds_{stage}": trial["seconds"].get(stage) for stage in SECONDS}
         writer.writerow(row)
@@ -76,8 +77,9 @@ def format_trials(search: Content, choice: Content) -> str:
     """The candidates of a search as plain text, by p, T and L, what is incomplete or failed and why, the statement.
 
     Settings that are the same for all candidates, other than p, T and L, are left out. `proxy` is the score expected
-    at the highest fidelity the candidate reached, `own loss` the rise of the release's own by the mask's values. The
-    last column marks what is chosen, nearest, on the front, incomplete, pruned or failed.
+    at the highest fidelity the candidate reached, `own loss` the rise of the release's own by the mask's values,
+    `unseen` the legal impact on classes that nothing was learned from. The last column marks what is chosen, nearest,
+    on the front, incomplete, pruned or failed.
     """
     rows = _rows(search)
     varied = [name for name in SETTINGS[4:] if len({candidate[name] for _, candidate in rows}) > 1]
@@ -85,8 +87,9 @@ def format_trials(search: Content, choice: Content) -> str:
     # Only masks with values can move the release's own loss.
     edited = any(candidate.get("base_loss_rise") is not None for _, candidate in rows)
     header = [name.replace("_", " ") for name in settings]
-    own_loss = ["own loss"] * edited
-    header += ["params", *own_loss, "proxy", "mitigation [95 %]", "legal impact [95 %]", "score", "seconds", ""]
+    unseen = any(candidate.get("unseen_impact") is not None for _, candidate in rows)
+    header += ["params", *["own loss"] * edited, "proxy", "mitigation [95 %]", "legal impact [95 %]"]
+    header += [*["unseen"] * unseen, "score", "seconds", ""]
     lines = [header]
     for trial, candidate in rows:
         proxies = list(_proxies(candidate).values())
@@ -98,6 +101,7 @@ def format_trials(search: Content, choice: Content) -> str:
                 *[rise_words(candidate.get("base_loss_rise"))] * edited,
                 measure(proxies[-1]["score"] if proxies else None, None),
                 *_measured(candidate),
+                *[measure(candidate.get("unseen_impact"), None)] * unseen,
                 measure(candidate.get("score"), None),
                 f"{trial['seconds'].get('total', 0):.0f}",
                 _mark(trial, candidate, choice),

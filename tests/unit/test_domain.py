@@ -108,7 +108,6 @@ def test_each_stage_reads_its_own_parts_only(imagefolder: Maker) -> None:
 def test_roles(imagefolder: Maker) -> None:
     domain = load_domain(config(imagefolder({"a": 12, "b": 12, "c": 1}), general=("c",)))
     assert [domain.role(cls) for cls in "abc"] == ["illegal", "legal", "general"]
-    assert domain.classes == ("a", "b")
 
 
 def test_near_duplicates_never_straddle_a_cut(imagefolder: Maker) -> None:
@@ -251,3 +250,27 @@ def test_read_pixels_resizes_the_short_side_and_crops(tmp_path: Path) -> None:
     assert middle.shape == (16, 16, 3) and middle[:, 2:-2].min() == 255
     drawn = read_pixels(tmp_path / "wide.png", 16, center_crop=False)
     assert np.array_equal(drawn, read_pixels(tmp_path / "wide.png", 16, center_crop=False))
+
+
+def test_users_get_of_an_unseen_class_what_they_get_of_others_and_learning_gets_nothing(imagefolder: Maker) -> None:
+    settings = config(imagefolder({"a": 24, "b": 24, "c": 24}), unseen=("c",))
+    domain = load_domain(settings)
+    other = load_domain(settings.model_copy(update={"legal": ("b", "c"), "unseen": ()}))
+    assert domain.role("c") == "unseen" and settings.adapted == (("a", "illegal"), ("b", "legal"), ("c", "legal"))
+    assert {cls for cls, _ in domain.learn_parts} == {"a", "b"}
+    learned = ("learn_lower", "learn_upper")
+    kept = {part: pictures for part, pictures in other.parts["c"].items() if part not in learned}
+    assert domain.parts["c"] == kept and all(kept.values())
+    for stage in ("learn", "values", "traces"):
+        with pytest.raises(HalvesError, match="class 'c' is unseen"):
+            domain.view(stage).pictures("c", "learn_lower")
+    assert domain_fingerprint(domain) != domain_fingerprint(other)
+
+
+def test_a_picture_of_a_class_that_is_learned_from_is_not_unseen(imagefolder: Maker) -> None:
+    folder = imagefolder({"a": 12, "b": 12, "c": 12})
+    rows = rows_of(folder)
+    first, second = (next(row for row in rows if row["class"] == cls) for cls in ("b", "c"))
+    shutil.copyfile(folder / first["file_name"], folder / second["file_name"])
+    with pytest.raises(RaygardError, match="in legal class 'b' and unseen class 'c'; remove one"):
+        load_domain(config(folder, unseen=("c",)))

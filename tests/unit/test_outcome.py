@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from raygard import schemas
 from raygard.config_file import load_config
 from raygard.errors import RaygardError
-from raygard.outcome import build_outcome, compare_sentence, format_table
+from raygard.outcome import build_outcome
+from raygard.outcome_text import compare_sentence, format_table
 
 ROLE = {"A": "illegal", "B": "illegal", "C": "legal"}
 CONFIG = load_config(overrides=["domain.illegal=[A,B]", "domain.legal=[C]", "evaluation.bootstrap_samples=400"])
@@ -63,6 +64,30 @@ def test_formulas_by_hand():
     assert (row["d_base"], row["d_full"]) == (pytest.approx(0.9), pytest.approx(0.1))
     assert row["blocked"] == pytest.approx(0.5)
     assert not any(r["defence"] == "base" for r in outcome["rows"])
+
+
+def test_unseen_classes_count_as_legal_and_stand_alone_as_well():
+    """A mask that lets through whom it knows looks harmless only where nobody else is measured."""
+    results = study({"A": 0.5, "B": 0.5, "C": 0.2})
+    results += [result(d, "D", around(v), role="legal") for d, v in (("base", 0.6), ("none", 0.2))]
+    results += [result("freeze", "D", around(0.6), mask_seed=0, share=0.3, role="legal")]
+    config = load_config(overrides=["domain.illegal=[A,B]", "domain.legal=[C]", "domain.unseen=[D]"])
+    outcome = build_outcome(results, config, {}, direction="distance")
+    freeze = of(outcome, "freeze")
+    assert freeze["legal_impact"] == pytest.approx(0.4 / (0.5 + 0.4)) and freeze["worst_legal"]["class"] == "D"
+    assert freeze["unseen_impact"] == pytest.approx(1.0) and freeze["unseen_impact_ci"] is not None
+    assert "unseen impact [95 %]" in format_table(outcome)
+    known = build_outcome(study({"A": 0.5, "B": 0.5, "C": 0.2}), CONFIG, {}, direction="distance")
+    assert of(known, "freeze")["unseen_impact"] is None and "unseen" not in format_table(known)
+
+
+def test_taught_values_without_an_unseen_class_are_said_to_prove_nothing_of_others():
+    taught = ["domain.illegal=[A,B]", "domain.legal=[C]", "domain.general=[G]", "values.max_train_steps=50"]
+    words = "domain.unseen names no class"
+    results = study({"A": 0.5, "B": 0.5, "C": 0.2})
+    for overrides, said in ((taught, True), (taught[:2], False)):
+        notes = build_outcome(results, load_config(overrides=overrides), {}, direction="distance")["notes"]
+        assert any(words in note for note in notes) == said
 
 
 def test_paired_constant_differences_have_no_width():

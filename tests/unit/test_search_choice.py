@@ -50,7 +50,7 @@ def chosen_from(candidates, budget=BUDGET, **more):
 
 def numbers(**fields):
     measured = {"mitigation": 0.3, "mitigation_ci": [0.2, 0.4], "legal_impact": 0.01, "legal_impact_ci": [-0.02, 0.03]}
-    return {**measured, **fields}
+    return {**measured, "unseen_impact": None, "unseen_impact_ci": None, **fields}
 
 
 SEVERAL = numbers(mitigation=0.25, mitigation_ci=[0.1, 0.5], mask_seeds=[0, 7])
@@ -73,6 +73,13 @@ def test_the_nearest_keeps_the_release_where_one_does():
     assert (found["chosen"], found["nearest"]["candidate_id"]) == (None, "kept")
     assert "and the release's own loss from rising by more than 2 %" in found["statement"]
     assert chosen_from([spoilt], base_loss_budget=0.02)["nearest"]["candidate_id"] == "spoilt"
+
+
+def test_what_strangers_lose_is_in_the_statement():
+    found = chosen_from([candidate("a", unseen_impact=0.03, unseen_impact_ci=[0.01, 0.05])])
+    assert "(0.030 [0.010, 0.050] of unseen classes alone), whose upper bound" in found["statement"]
+    filled = with_outcome(found, numbers(unseen_impact=0.9, unseen_impact_ci=[0.8, 1.0]))
+    assert "0.900 [0.800, 1.000] of unseen classes alone" in filled["statement"]
 
 
 # Few distinct values, so that ties and candidates exactly on the budget are common.

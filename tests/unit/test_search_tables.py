@@ -14,7 +14,8 @@ COLUMNS = (
     "domain,trial_id,candidate_id,phase,status,incomplete,p,T,L,K,rule,illegal_weight,legal_weight,freeze_ratio,param_share,"
     "base_loss_rise,proxy_0.25_score,proxy_0.25_mitigation,proxy_0.25_legal_impact,"
     "proxy_1.0_score,proxy_1.0_mitigation,proxy_1.0_legal_impact,"
-    "mitigation,mitigation_low,mitigation_high,legal_impact,legal_impact_low,legal_impact_high,score,"
+    "mitigation,mitigation_low,mitigation_high,legal_impact,legal_impact_low,legal_impact_high,"
+    "unseen_impact,unseen_impact_low,unseen_impact_high,score,"
     "seconds_learn,seconds_values,seconds_adapt,seconds_generate,seconds_score,seconds_total,mask_sha256"
 )
 
