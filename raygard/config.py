@@ -201,7 +201,7 @@ class EngineConfig(Section):
 class GenerationConfig(Section):
     """Pictures drawn from an adapted model: the same noise for every defence."""
 
-    num_images: int = Field(24, ge=2, description="pictures for each class, over its reference captions")
+    num_images: int = Field(24, ge=2, description="pictures for each class, over its reference captions in turn")
     num_inference_steps: int = Field(25, ge=1)
     guidance_scale: float = Field(4.0, ge=1)
     batch_size: int = Field(8, ge=1)

@@ -141,7 +141,7 @@ class _Run:
         for index, job in enumerate(self.jobs):
             mask = FreezeMask.load(job.mask) if job.mask else None
             captions, references_hash = reference_facts(self.inputs.references, job.cls)
-            captions = captions[: self.config.generation.num_images]
+            captions = [captions[number % len(captions)] for number in range(self.config.generation.num_images)]
             content = job_content(job, self.inputs, self.config, mask, captions)
             key = content_key(content)
             if key not in plans:

@@ -86,6 +86,18 @@ def test_pictures_are_those_of_one_process(bench, measured) -> None:
     assert len({images.tobytes() for images in others}) == 3
 
 
+def test_captions_of_few_references_are_drawn_in_turn_with_noise_of_their_own(bench, pool, tmp_path) -> None:
+    """However few pictures there are to compare with, a user is judged by as many drawings as were asked for."""
+    inputs = bench.inputs(bench.config(), tmp_path)
+    own = json.loads(Path(inputs.references).with_suffix(".json").read_text())["captions"]["b"]
+    count = len(own) + 2
+    config = bench.config(f"generation.num_images={count}")
+    (result,) = run_jobs(bench.jobs("base", classes="b"), bench.inputs(config, tmp_path), pool)
+    assert result["captions"] == [*own, *own[:2]] and len(result["distances"]) == count
+    pictures = read_pictures(Store(tmp_path).pictures_file(result["store"]))
+    assert len({picture.tobytes() for picture in pictures}) == count
+
+
 def test_pictures_are_scored_before_all_are_drawn(bench, pool, measured, tmp_path) -> None:
     # Many steps, so that drawing an item takes far longer than scoring one.
     config, before, seen, over = bench.config("generation.num_inference_steps=150"), done(pool), [], threading.Event()
