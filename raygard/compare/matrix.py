@@ -268,7 +268,10 @@ def _against(distance: float, yardsticks: tuple[float, float] | None, scale: Sca
 # What an outcome says of a defence, and of the learned mask against it, by the role it is about.
 MEASURES = {
     "illegal": ("mitigation", "mitigation_ci", "relative_illegal", "worst_illegal"),
-    "legal": ("legal_impact", "legal_impact_ci", "relative_legal", "worst_legal"),
+    "legal": (
+        *("legal_impact", "legal_impact_ci", "unseen_impact", "unseen_impact_ci"),
+        *("relative_legal", "worst_legal"),
+    ),
 }
 DIFFERENCES = {
     "illegal": ("mitigation_difference", "mitigation_difference_ci"),

@@ -36,6 +36,7 @@ FACES = {
     "no face, illegal": "undetected_illegal", "no face, legal": "undetected_legal",
     "with a face, illegal": "mean_detected_illegal", "with a face, legal": "mean_detected_legal",
 }  # fmt: skip
+UNSEEN = "unseen impact [95 %]"
 RELEASE = "(the release itself)"
 
 
@@ -50,14 +51,16 @@ def lines(summary: Summary) -> Lines:
 
     `illegal`, `legal`: plain mean distances in the scorer's unit. `s`: mean seconds of an adaptation. `trained`:
     trained numbers as a share of the denoiser's. `cells`: done of all, and how many failed or are unfinished. Where
-    the scorer looks for faces, the share of pictures without one and the mean distance of the others.
+    legal classes that nothing is learned from count, their legal impact alone; where the scorer looks for faces, the
+    share of pictures without one and the mean distance of the others.
     """
     everyone = [summary["release"], *summary["defences"]]
     faces = FACES if any(entry[name] is not None for entry in everyone for name in FACES.values()) else {}
-    table = [[*HEADER, *faces]]
+    unseen = [UNSEEN] if any(entry.get("unseen_impact") is not None for entry in summary["defences"]) else []
+    table = [[*HEADER, *unseen, *faces]]
     release = {"illegal": "distance_illegal", "legal": "distance_legal"}
     own = [_number(summary["release"][release[name]], ".4f") if name in release else "-" for name in HEADER[1:]]
-    table.append([RELEASE, *own, *_faces(summary["release"], faces)])
+    table.append([RELEASE, *own, *("-" for _ in unseen), *_faces(summary["release"], faces)])
     for entry in summary["defences"]:
         line = [entry["defence"], _percent(entry["freeze_ratio"]), _percent(entry["param_share"])]
         line += [_with_interval(entry, "mitigation"), _with_interval(entry, "legal_impact")]
@@ -68,6 +71,7 @@ def lines(summary: Summary) -> Lines:
         peak = entry["peak_memory_bytes"]
         line += [_number(None if peak is None else peak / 2**20, ".0f"), _percent(entry["trainable_share"])]
         line.append(_counts(entry))
+        line += [_with_interval(entry, "unseen_impact") for _ in unseen]
         table.append([*line, *_faces(entry, faces)])
     return table
 
@@ -103,7 +107,9 @@ def to_text(summaries: Sequence[Summary]) -> str:
     """The chief columns of all tables, for a terminal."""
     parts = []
     for summary in summaries:
-        table = [[*line[:5], line[HEADER.index("cells")]] for line in lines(summary) if line[0] != RELEASE]
+        found = lines(summary)
+        chief = [*range(5), *(found[0].index(name) for name in (UNSEEN, "cells") if name in found[0])]
+        table = [[line[index] for index in chief] for line in found if line[0] != RELEASE]
         around = [f"outside every mask: {what}" for what in summary["around"]]
         parts.append(Block(heading(summary), table, [*answers(summary["equal_impact"]), *around, *summary["reasons"]]))
     return plain_text(parts)

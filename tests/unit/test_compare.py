@@ -114,6 +114,17 @@ def test_rows_agree_with_the_outcome_of_their_adaptation() -> None:
         assert entry["trainable_share"] == 0.5 and entry["peak_memory_bytes"] == 2**20
 
 
+def test_unseen_classes_have_a_column_of_their_own_where_there_are_any() -> None:
+    name = "unseen impact [95 %]"
+    found = matrix(config("domain.legal=[l1]", "domain.unseen=[l2]")).summaries()[0]
+    header, release, *defences = lines(found)
+    column = header.index(name)
+    assert release[column] == "-" and [line[column][:6] for line in defences] == [
+        f"{entry['unseen_impact']:.3f} " for entry in found["defences"]
+    ]
+    assert name in to_text([found]) and name not in to_text([matrix(config()).summaries()[0]])
+
+
 def test_each_adaptation_is_measured_against_itself() -> None:
     found = matrix(config())
     for (scorer, cell), kept in list(found.results.items()):
