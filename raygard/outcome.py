@@ -160,6 +160,14 @@ def outcome_and_samples(
     return outcome.model_dump(mode="json", by_alias=True), samples
 
 
+def legal_upper_bound(entry: Mapping[str, Any]) -> float:
+    """What is held against the legal budget: the upper end of the legal impact's interval, or of the unseen classes'
+    alone where that is larger, so that many known classes cannot hide them; infinite without an interval."""
+    if entry["legal_impact_ci"] is None:
+        return math.inf
+    return max(float(ci[1]) for ci in (entry["legal_impact_ci"], entry.get("unseen_impact_ci")) if ci is not None)
+
+
 def _sign(direction: str) -> float:
     if direction not in ("distance", "similarity"):
         raise RaygardError(f"scorer direction '{direction}' must be 'distance' or 'similarity'")

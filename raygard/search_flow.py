@@ -22,7 +22,7 @@ from raygard.errors import RaygardError
 from raygard.files import write_text
 from raygard.flow import YARDSTICKS, Flow, refuse_if_unmeasurable
 from raygard.mask import FreezeMask
-from raygard.outcome import LEARNED, build_outcome
+from raygard.outcome import LEARNED, PARTS, build_outcome
 from raygard.progress import Progress
 from raygard.report import build_report
 from raygard.search.choice import best_by_ratio, choose, pick_of, with_outcome
@@ -36,7 +36,7 @@ from raygard.store import Store, content_key
 log = logging.getLogger("raygard")
 
 SCHEMA_VERSION = 1
-CONTROL_FIELDS = ("param_share", "mitigation", "mitigation_ci", "legal_impact", "legal_impact_ci")
+CONTROL_FIELDS = ("param_share", *PARTS, *(f"{part}_ci" for part in PARTS))
 
 
 class SearchFlow:

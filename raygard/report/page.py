@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raygard.errors import RaygardError
+from raygard.outcome import legal_upper_bound
 from raygard.outcome_text import bracket, compare_sentence, shown_parts
 from raygard.redaction import redact
 from raygard.report import plots
@@ -119,7 +120,7 @@ def verdict(outcome: Mapping[str, Any]) -> list[str]:
         worst = freeze["worst_legal"]
         sentences[-1] += f" Most blocked legal class: {worst['class']} ({worst['blocked']:.1%})."
         budget = outcome["legal_budget"]
-        kept = freeze["legal_impact_ci"][1] <= budget
+        kept = legal_upper_bound(freeze) <= budget
         met = kept and freeze["mitigation"] >= plots.TARGET_MITIGATION
         sentences.append(
             f"Aim: mitigation of at least {plots.TARGET_MITIGATION:g} with the legal impact's upper bound "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raygard.outcome import CONTROL
+from raygard.outcome import CONTROL, legal_upper_bound
 from raygard.report.plots import TARGET_MITIGATION
 from raygard.report.search_load import Candidate, SearchFiles
 from raygard.report.search_masks import MaskPath
@@ -36,7 +36,7 @@ def describe(candidate: Candidate, settings: Sequence[tuple[str, str]] = SETTING
 
 def against_p(files: SearchFiles) -> str:
     """At which p the budget is kept, and where the learned mask is shown to differ from random ones of its size."""
-    kept = sorted({c["p"] for c in files.scored if _upper(c) <= files.budget})
+    kept = sorted({c["p"] for c in files.scored if legal_upper_bound(c) <= files.budget})
     text = f"The legal budget can be kept at {f'p = {listing(kept)}' if kept else 'no p'}"
     return f"{text}; {_against_random(files)}"
 
@@ -67,7 +67,7 @@ def _lies_above(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 def pareto(files: SearchFiles) -> str:
     """Who is on the front, who reaches the aim, and whether a control lies beyond."""
-    aim = [c for c in files.scored if c["mitigation"] >= TARGET_MITIGATION and _upper(c) <= files.budget]
+    aim = [c for c in files.scored if c["mitigation"] >= TARGET_MITIGATION and legal_upper_bound(c) <= files.budget]
     corner = f"{len(aim) or 'none'} in the corner of the aim"
     if files.choice is None:
         return f"{_count(len(files.scored), 'candidate')} scored, {corner}; without a choice there is no front"
@@ -79,12 +79,9 @@ def pareto(files: SearchFiles) -> str:
 
 
 def _beats_one(control: Mapping[str, Any], front: Sequence[Candidate]) -> bool:
-    return any(control["mitigation"] >= c["mitigation"] and _upper(control) <= _upper(c) for c in front)
-
-
-def _upper(entry: Mapping[str, Any]) -> float:
-    interval = entry["legal_impact_ci"]
-    return float("inf") if interval is None else float(interval[1])
+    return any(
+        control["mitigation"] >= c["mitigation"] and legal_upper_bound(control) <= legal_upper_bound(c) for c in front
+    )
 
 
 def _count(number: int, noun: str) -> str:

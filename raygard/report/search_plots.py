@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raygard.outcome import legal_upper_bound
 from raygard.report import plots
 from raygard.report.search_load import SearchFiles, last_proxy
 from raygard.search.proxy import is_finite
@@ -127,7 +128,7 @@ def pareto(files: SearchFiles, theme: int) -> bytes:
     figure, (axis,) = plots.canvas(8.8, 4.8, theme)
     points = [c for c in files.scored if is_finite(c["legal_impact"])]
     controls = [c for c in files.controls if is_finite(c["legal_impact"])]
-    uppers = [c["legal_impact_ci"][1] for c in files.front]
+    uppers = [legal_upper_bound(c) for c in files.front]
     xs = [c["legal_impact"] for c in (*points, *controls)] + uppers
     ys = [c["mitigation"] for c in (*points, *controls)]
     left, right = min([-0.05, *xs]) - 0.03, max([files.budget + 0.1, *xs]) + 0.04
@@ -168,7 +169,7 @@ def _front(axis: Axes, front: Sequence[Record], theme: int) -> None:
         return
     shade = plots.colour_of("freeze", theme)
     ys = [c["mitigation"] for c in front]
-    uppers = [c["legal_impact_ci"][1] for c in front]
+    uppers = [legal_upper_bound(c) for c in front]
     axis.step(uppers, ys, where="post", color=shade, linewidth=1.4, alpha=0.8, label="front (by upper bounds)")
     axis.hlines(ys, [c["legal_impact"] for c in front], uppers, color=shade, linewidth=1.4)
     axis.plot(

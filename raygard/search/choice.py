@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from raygard.errors import RaygardError
-from raygard.outcome import PARTS
+from raygard.outcome import PARTS, legal_upper_bound
 from raygard.outcome_text import bracket
 from raygard.schemas.choice import Choice, Pick
 from raygard.search.proxy import is_finite
@@ -20,6 +20,7 @@ SAVINGS = (
     " Of those within {tolerance:g} of the largest mitigation, the one that freezes the largest share of the "
     "parameters: its users save most."
 )
+STRANGERS = " So must that of the unseen classes alone."
 RETAINED = (
     " A mask that carries values must also raise the release's own loss on general pictures by at most {budget:g} %."
 )
@@ -63,7 +64,7 @@ def choose(
     if not scored:
         raise RaygardError(_nothing_scored(candidates, domain))
     keeping = [c for c in scored if _keeps_release(c, base_loss_budget)]
-    within = [c for c in keeping if _upper(c) <= legal_budget]
+    within = [c for c in keeping if legal_upper_bound(c) <= legal_budget]
     near = [c for c in within if c["mitigation"] >= within[0]["mitigation"] - savings_tolerance]
     if savings_tolerance:
         near.sort(key=lambda c: -c["param_share"])
@@ -72,6 +73,7 @@ def choose(
     pool = keeping or scored
     nearest = None if chosen is not None else min(pool, key=_least_impact)
     rule = RULE + (SAVINGS.format(tolerance=savings_tolerance) if savings_tolerance else "")
+    rule += STRANGERS if any(c.get("unseen_impact") is not None for c in scored) else ""
     rule += "" if base_loss_budget is None else RETAINED.format(budget=100 * base_loss_budget)
     return _finished(
         {
@@ -155,17 +157,13 @@ def _nothing_scored(candidates: Sequence[Candidate], domain: str) -> str:
     )
 
 
-def _upper(candidate: Candidate) -> float:
-    return float(candidate["legal_impact_ci"][1])
-
-
 def _most_mitigation(candidate: Candidate) -> tuple[float, float, float, float, str]:
     equal = -candidate["param_share"], candidate["p"], candidate["candidate_id"]
-    return -candidate["mitigation"], _upper(candidate), *equal
+    return -candidate["mitigation"], legal_upper_bound(candidate), *equal
 
 
 def _least_impact(candidate: Candidate) -> tuple[float, float, float, str]:
-    return _upper(candidate), -candidate["mitigation"], candidate["p"], candidate["candidate_id"]
+    return legal_upper_bound(candidate), -candidate["mitigation"], candidate["p"], candidate["candidate_id"]
 
 
 def _keeps_release(candidate: Candidate, base_loss_budget: float | None) -> bool:
@@ -175,7 +173,7 @@ def _keeps_release(candidate: Candidate, base_loss_budget: float | None) -> bool
 
 def _dominates(first: Candidate, second: Candidate) -> bool:
     # By the upper bound, as the rule has it: a point estimate could drop the chosen candidate from the front.
-    gain, cost = first["mitigation"] - second["mitigation"], _upper(first) - _upper(second)
+    gain, cost = first["mitigation"] - second["mitigation"], legal_upper_bound(first) - legal_upper_bound(second)
     return gain >= 0 and cost <= 0 and (gain > 0 or cost < 0)
 
 
@@ -208,7 +206,8 @@ def _statement(choice: Mapping[str, Any]) -> str:
         )
         sentences = [
             "No p meets the budget: no candidate keeps the upper 95 % bound of its legal impact within "
-            f"{budget:g}{also} ({scored}). The nearest is {point}: {_both(pick)}, upper bound {_upper(pick):.4g}."
+            f"{budget:g}{also} ({scored}). The nearest is {point}: {_both(pick)}, "
+            f"upper bound {legal_upper_bound(pick):.4g}."
         ]
     if rise is not None:
         sentences.append(f"Its values change the release's own loss on general pictures by {rise_words(rise)}.")
@@ -244,7 +243,7 @@ def _user_half_verdict(outcome: Mapping[str, Any], budget: float) -> list[str]:
     sentences = [] if mitigation and mitigation[0] > 0 else ["There it is not shown to block anything."]
     if outcome["legal_impact_ci"] is None:
         return [*sentences, "Its legal impact cannot be measured there."]
-    upper = _upper(outcome)
+    upper = legal_upper_bound(outcome)
     words = "is within the budget" if upper <= budget else f"exceeds the budget of {budget:g}"
     return [*sentences, f"There the upper bound of legal impact, {upper:.4g}, {words}."]
 

@@ -75,6 +75,17 @@ def test_the_nearest_keeps_the_release_where_one_does():
     assert chosen_from([spoilt], base_loss_budget=0.02)["nearest"]["candidate_id"] == "spoilt"
 
 
+def test_many_known_classes_do_not_hide_what_strangers_lose():
+    closed = candidate("closed", 0.9, 0.04, unseen_impact=0.9, unseen_impact_ci=[0.8, 1.0])
+    open_ = candidate("open", 0.2, 0.04, unseen_impact=0.0, unseen_impact_ci=[-0.02, 0.05])
+    found = chosen_from([closed, open_])
+    assert found["chosen"]["candidate_id"] == "open" and "of the unseen classes alone" in found["rule"]
+    alone = chosen_from([closed])
+    assert (alone["chosen"], alone["nearest"]["candidate_id"]) == (None, "closed") and "upper bound 1" in alone[
+        "statement"
+    ]
+
+
 def test_what_strangers_lose_is_in_the_statement():
     found = chosen_from([candidate("a", unseen_impact=0.03, unseen_impact_ci=[0.01, 0.05])])
     assert "(0.030 [0.010, 0.050] of unseen classes alone), whose upper bound" in found["statement"]
