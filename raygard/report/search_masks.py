@@ -115,7 +115,9 @@ def agreement(path: MaskPath | None, seeds: Sequence[Mapping[str, Any]], ratio_a
 
 def _nested(axis: Axes, path: MaskPath, theme: int) -> None:
     values = path.nested[:-1, 1:]
-    words = [[f"{v:.0%}\n({c:.0%})" for v, c in zip(row, path.ratios[1:], strict=True)] for row in values]
+    # Only a larger p can keep a smaller one's mask: below the diagonal there is nothing to say.
+    chance = path.ratios[1:]
+    words = [["" if np.isnan(v) else f"{v:.0%}\n({c:.0%})" for v, c in zip(row, chance, strict=True)] for row in values]
     plots.cells(axis, theme, values, words)
     axis.set_xticks(range(len(path.p) - 1), [f"{p:g}" for p in path.p[1:]])
     axis.set_yticks(range(len(path.p) - 1), [f"{p:g}" for p in path.p[:-1]])

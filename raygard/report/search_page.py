@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raygard.outcome import PARTS
 from raygard.outcome_text import bracket, compare_sentence
 from raygard.redaction import redact
 from raygard.report import plots, search_findings, search_plots
@@ -99,9 +100,9 @@ def _cards(files: SearchFiles) -> list[tuple[str, str, str]]:
     if files.pick:
         half = (files.choice or {}).get("outcome")
         numbers, words = (half, "user half") if half else (files.pick, "publisher half")
-        for field, title in (("mitigation", "mitigation"), ("legal_impact", "legal impact")):
+        for field in PARTS if numbers.get("unseen_impact") is not None else list(PARTS)[:2]:
             detail = f"95 % {bracket(numbers[f'{field}_ci'])}, {words}" if numbers[field] is not None else words
-            cards.append((title, measure(numbers[field], None), detail))
+            cards.append((field.replace("_", " "), measure(numbers[field], None), detail))
         share = f"{files.pick['freeze_ratio']:.0%} of tensors"
         cards.append(("frozen parameters", f"{files.pick['param_share']:.0%}", share))
     statuses = [trial["status"] for trial in files.trials]
