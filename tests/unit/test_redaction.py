@@ -172,7 +172,7 @@ def test_a_small_flow_leaves_no_secret_anywhere(
     store = tmp_path / "store.db"
     shutil.copy(empty_store, store)
     assert sync(run, f"sqlite:///{store}") > 5
-    monkeypatch.setattr("raygard.outcome.format_table", lambda _: "table")
+    monkeypatch.setattr("raygard.outcome_text.format_table", lambda _: "table")
     print_outcome(flow, {})
     captured = capsys.readouterr()
     assert found_in(caplog.text, captured.out, captured.err) == []
