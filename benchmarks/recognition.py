@@ -60,7 +60,7 @@ def with_strangers(bench: Bench) -> Bench:
 
 
 class Features:
-    """What the release's blocks make of noisy pictures, under their own captions or under one that names nothing."""
+    """What the release's blocks make of noisy pictures, all under the caption of one general picture."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench, self._unet = bench, load_denoiser(bench.config.model).eval()
@@ -83,7 +83,7 @@ class Features:
         """Features of every picture at one timestep, `passes` draws of noise each: by place, float32 (n passes, D)."""
         loss = self._bench.loss
         assert isinstance(loss, DiffusionLoss)
-        nothing = self._bench.general["rehearsed"].conditioning[0]
+        caption = self._bench.general["rehearsed"].conditioning[0]
         parts: dict[str, list[Tensor]] = {}
         rows = torch.arange(len(data)).repeat(passes)
         for number, own in enumerate(rows.split(BATCH)):
@@ -91,7 +91,7 @@ class Features:
             eps, noise, _ = draw(self._bench.config.seed, stream, level, slots, data.shape, loss.num_timesteps)
             times = torch.full((len(own),), level)
             noisy = loss.scheduler.add_noise(data.latents(own, eps), noise, times)
-            text = nothing.each(lambda tensor: tensor.expand(len(own), *tensor.shape))  # noqa: B023
+            text = caption.each(lambda tensor: tensor.expand(len(own), *tensor.shape))  # noqa: B023
             loss.predict(self._unet, noisy, times, text)
             for name, value in {INPUT: noisy.flatten(1), **self._found}.items():
                 parts.setdefault(name, []).append(value)

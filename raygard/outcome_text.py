@@ -42,16 +42,15 @@ def bracket(interval: Sequence[float] | None, *, sign: bool = False) -> str:
     return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
-def shown_parts(outcome: Mapping[str, Any]) -> list[str]:
-    """The fields of PARTS that an outcome's tables show: `unseen_impact` only where it was measured."""
-    found = [field for field in PARTS if field != "unseen_impact"]
-    measured = any(entry.get("unseen_impact") is not None for entry in outcome["summary"])
-    return [*found, "unseen_impact"] if measured else found
+def shown_parts(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields of PARTS that are shown of `entries`: `unseen_impact` only where one of them has it."""
+    measured = any(entry.get("unseen_impact") is not None for entry in entries)
+    return [field for field in PARTS if measured or field != "unseen_impact"]
 
 
 def format_table(outcome: Mapping[str, Any]) -> str:
     """The outcome as plain text: one line per defence, then how learned and random masks compare."""
-    fields = shown_parts(outcome)
+    fields = shown_parts(outcome["summary"])
     header = ["defence", "tensors", "params", *(f"{field.replace('_', ' ')} [95 %]" for field in fields)]
     header += ["rel. illegal", "rel. legal"]
     lines = [header]

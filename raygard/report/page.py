@@ -133,7 +133,7 @@ def verdict(outcome: Mapping[str, Any]) -> list[str]:
 def _cards(files: RunFiles) -> list[tuple[str, str, str]]:
     cards = []
     freeze = _summary(files.outcome, "freeze") if files.outcome else None
-    for field in shown_parts(files.outcome) if files.outcome else ():
+    for field in shown_parts(files.outcome["summary"]) if files.outcome else ():
         if freeze and freeze[field] is not None:
             cards.append((field.replace("_", " "), f"{freeze[field]:.3f}", f"95 % {bracket(freeze[f'{field}_ci'])}"))
     if files.mask:
@@ -158,7 +158,7 @@ def _table(outcome: Mapping[str, Any]) -> list[dict[str, str]]:
             "base_loss": "-" if s["base_loss"] is None else f"{s['base_loss']:.4f}",
         }
         row |= dict.fromkeys(("unseen_impact", "unseen_impact_ci"), "")
-        for field in shown_parts(outcome):
+        for field in shown_parts(outcome["summary"]):
             row[field] = "-" if s[field] is None else f"{s[field]:.3f}"
             row[f"{field}_ci"] = bracket(s[f"{field}_ci"])
         for role in ("illegal", "legal"):

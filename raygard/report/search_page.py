@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raygard.outcome import PARTS
-from raygard.outcome_text import bracket, compare_sentence
+from raygard.outcome_text import bracket, compare_sentence, shown_parts
 from raygard.redaction import redact
 from raygard.report import plots, search_findings, search_plots
 from raygard.report.html import both_themes, run_facts, settings_list, write_page
@@ -100,7 +99,7 @@ def _cards(files: SearchFiles) -> list[tuple[str, str, str]]:
     if files.pick:
         half = (files.choice or {}).get("outcome")
         numbers, words = (half, "user half") if half else (files.pick, "publisher half")
-        for field in PARTS if numbers.get("unseen_impact") is not None else list(PARTS)[:2]:
+        for field in shown_parts([numbers]):
             detail = f"95 % {bracket(numbers[f'{field}_ci'])}, {words}" if numbers[field] is not None else words
             cards.append((field.replace("_", " "), measure(numbers[field], None), detail))
         share = f"{files.pick['freeze_ratio']:.0%} of tensors"
