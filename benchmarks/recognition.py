@@ -1,6 +1,6 @@
 """Can the denoiser tell, from a noisy picture, whether it shows a forbidden class, and does it in time?
 
-    python benchmarks/recognition.py --domain faces-small --pictures DIR [--cache DIR] [KEY=VALUE ...]
+    python benchmarks/recognition.py --domain faces-small --pictures DIR [--cache DIR] [--parts gate] -- [KEY=VALUE ...]
 
 Values that block users of one class and let strangers through, under any name, must tell the two apart by what the
 denoiser is given: x_t. So probes are trained on what the publisher has (illegal classes' learn part against legal
@@ -11,6 +11,10 @@ are all classes of the data that the domain does not name.
 
 Then, when a picture's class is decided: an unguarded user's denoiser draws above a noise level only, or below only, and
 the release the rest. Printed: the shares of his gain, by scorer, that are left. Five minutes on one core.
+
+Last, how well a release would have to recognise: of what a user's training changes in the answers below a noise
+level, a share is taken away, as an ideal gate in the frozen tensors would. Printed: blocked adaptation of illegal and
+unseen classes, with the gate closed while he trains and draws, and while he trains only. Twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.selectivity_bench import ATTACKS, Bench  # noqa: E402
 from benchmarks.selectivity_domains import DOMAINS, open_bench  # noqa: E402
+from raygard.adaptation import full  # noqa: E402
 from raygard.diffusion.cache import LatentSet  # noqa: E402
 from raygard.diffusion.loss import DiffusionLoss, draw  # noqa: E402
 from raygard.diffusion.model import load_denoiser  # noqa: E402
@@ -47,6 +52,8 @@ INPUT = "x_t"
 CELLS = 4
 PASSES = 40
 BATCH = 64
+GATES = (0.2, 0.5, 0.8, 0.9, 0.95, 1.0)
+GATED_BELOW = 600
 # Of the regression, strong: there are few pictures and many features.
 PENALTY = 0.003
 
@@ -173,27 +180,76 @@ def _user(bench: Bench, cls: str) -> nn.Module:
     return bench.user(None, cls, ATTACKS["plain"], 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domain", choices=sorted(DOMAINS), default="emoji-styles")
-    parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
-    parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
-    parser.add_argument("overrides", nargs="*", help="settings as key=value")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    bench = with_strangers(open_bench(arguments.domain, arguments.cache, arguments.pictures, arguments.overrides))
-    print(f"learned from {len(bench.learn)} pictures; strangers: {', '.join(bench.config.domain.unseen)}", flush=True)
-    features = Features(bench)
+def blocked_by_gate(bench: Bench, classes: Sequence[str], gate: float) -> tuple[float, float]:
+    """Blocked adaptation of these classes' users if a share `gate` of their change is held off below `GATED_BELOW`.
+
+    First with the gate closed in training and drawing, then in training only.
+    """
+    attack, release = ATTACKS["plain"], load_denoiser(bench.config.model).requires_grad_(False).eval()
+    lost = [0.0, 0.0]
+    whole = 0.0
+    for cls in classes:
+        learned = bench.unguarded(cls, attack, 0).distance
+        whole += bench.released(cls, attack).distance - learned
+        user = load_denoiser(bench.config.model)
+        own = user.forward
+
+        def held(noisy: Tensor, timestep: Tensor, *arguments: object, **named: object) -> tuple[Tensor]:
+            answer, before = (model(noisy, timestep, *arguments, **named)[0] for model in (own, release))  # noqa: B023
+            acting = 1 - gate * (timestep.reshape(-1, 1, 1, 1) < GATED_BELOW).float()
+            return (before + acting * (answer - before),)
+
+        user.forward = held
+        full(user, bench.users(cls, attack)[0], bench.config.adapt, bench.loss, mask=None, seed=0)
+        for index, forward in enumerate((held, own)):
+            user.forward = forward
+            lost[index] += bench.distance(user, cls, attack) - learned
+    return lost[0] / whole, lost[1] / whole
+
+
+def print_recognised(bench: Bench) -> None:
+    wide = with_strangers(bench)
+    print(f"learned from {len(wide.learn)} pictures; strangers: {', '.join(wide.config.domain.unseen)}", flush=True)
+    features = Features(wide)
     for level in LEVELS:
-        for place, areas in recognised(bench, level, features).items():
+        for place, areas in recognised(wide, level, features).items():
             cells = "  ".join(f"{name} {value:.2f}" for name, value in areas.items())
             print(f"t {level:>3}  {place:<8} {cells}", flush=True)
+
+
+def print_drawn_by_turns(bench: Bench) -> None:
     for level in SWITCHES:
         above, below = drawn_by_turns(bench, level)
         print(
             f"of the user's gain, drawn by him above t {level:>3} only: {above:+.2f}, below only: {below:+.2f}",
             flush=True,
         )
+
+
+def print_gates(bench: Bench) -> None:
+    for gate in GATES:
+        for role in ("illegal", "unseen"):
+            both, training = blocked_by_gate(bench, getattr(bench.config.domain, role), gate)
+            print(
+                f"gate {gate:.2f}  {role:<7} blocked {both:+.2f}, closed in training only {training:+.2f}", flush=True
+            )
+
+
+PARTS = {"recognise": print_recognised, "draw": print_drawn_by_turns, "gate": print_gates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="emoji-styles")
+    parser.add_argument("--pictures", type=Path, help="where faces_congress and faces_olivetti are, for faces-small")
+    parser.add_argument("--cache", type=Path, default=Path("runs/selectivity"))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("overrides", nargs="*", help="settings as key=value")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = open_bench(arguments.domain, arguments.cache, arguments.pictures, arguments.overrides)
+    for part in arguments.parts:
+        PARTS[part](bench)
 
 
 if __name__ == "__main__":

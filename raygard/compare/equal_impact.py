@@ -1,8 +1,9 @@
 """The learned mask against the best baseline at equal legal impact.
 
 Masks block legal users as well, so a larger mitigation alone says nothing. Each baseline is a point (legal impact,
-mitigation), the undefended release is (0, 0), and what the baselines reach at a legal impact in between is read off the
-upper edge of their convex hull: the straight line between two of them.
+mitigation), the undefended release is (0, 0), a release that nobody can train is (1, 1) by definition, and what the
+baselines reach at a legal impact in between is read off the upper edge of their convex hull: the straight line between
+two of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from raygard.compare.plan import holds_learned
 from raygard.errors import RaygardError
 from raygard.outcome import LEARNED, NONE
 
+# Needs no measurement: who trains nothing has the release.
+CLOSED = "everything frozen"
 Points = Mapping[str, tuple[float, float]]
 
 
@@ -78,7 +81,7 @@ def equal_impact(
         return None
     names = [name for name in points if not holds_learned(name)]
     at, own = points[learned]
-    found = reached({name: points[name] for name in names}, at)
+    found = reached({CLOSED: (1.0, 1.0), **{name: points[name] for name in names}}, at)
     entry: dict[str, Any] = {
         "legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
         "difference_ci": None, "incomplete": [learned] if learned in incomplete else [],
@@ -86,7 +89,7 @@ def equal_impact(
     if found is None:
         return entry
     # The noise of the seeds of `none` against itself is no way to defend.
-    free = {NONE: (0.0, 0.0)} if NONE in names else {}
+    free = {CLOSED: (1.0, 1.0), **({NONE: (0.0, 0.0)} if NONE in names else {})}
     drawn = [name for name in names if name != NONE]
     legal, mitigation = (np.stack([samples[n, role] for n in (learned, *drawn)], 1) for role in ("legal", "illegal"))
     differences = []

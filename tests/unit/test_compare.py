@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raygard.compare.equal_impact import CLOSED
 from raygard.compare.matrix import COLUMNS, Matrix, Scale, to_csv
 from raygard.compare.plan import parse_defences, plan_cells, variants
 from raygard.compare.similarity import sgr, similarity
@@ -162,8 +163,9 @@ def test_the_learned_mask_is_compared_at_equal_legal_impact() -> None:
     summary = matrix(config()).summaries()[0]
     entries = {entry["defence"]: entry for entry in summary["defences"]}
     equal = summary["equal_impact"]["freeze"]
-    assert equal["mitigation"] == entries["freeze"]["mitigation"] and equal["between"] == ["random"]
-    assert equal["difference"] == pytest.approx(entries["freeze"]["mitigation"] - entries["random"]["mitigation"])
+    assert equal["mitigation"] == entries["freeze"]["mitigation"] and equal["between"] == ["none", CLOSED]
+    # No baseline here blocks more of the illegal than of the legal.
+    assert equal["difference"] == pytest.approx(entries["freeze"]["mitigation"] - entries["freeze"]["legal_impact"])
     assert equal["difference_ci"][0] > 0 and "the learned mask is better" in to_markdown([summary])
     assert {entry["against"] for entry in summary["comparisons"]} == {"random", "uce"}
 

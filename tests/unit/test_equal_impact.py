@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raygard.compare.equal_impact import answers, equal_impact, reached
+from raygard.compare.equal_impact import CLOSED, answers, equal_impact, reached
 from raygard.errors import RaygardError
 
 BASELINES = {"none": (0.0, 0.0), "small": (0.2, 0.3), "large": (0.6, 0.5), "poor": (0.4, 0.1)}
@@ -56,21 +56,31 @@ def test_the_sign_says_who_is_better(mitigation: float, verdict: str) -> None:
     points = {**BASELINES, "freeze": (0.4, mitigation), **learned}
     found = equal_impact("freeze", points, samples(points, 0.01))
     assert found is not None
-    assert found["difference"] == pytest.approx(mitigation - 0.4) and found["between"] == ["small", "large"]
+    assert found["difference"] == pytest.approx(mitigation - 0.475) and found["between"] == ["small", CLOSED]
     low, high = found["difference_ci"]
-    assert low < found["difference"] < high and (low > 0) == (high > 0) == (mitigation > 0.4)
+    assert low < found["difference"] < high and (low > 0) == (high > 0) == (mitigation > 0.475)
     assert verdict in said(found)
 
 
 def test_a_learned_mask_of_another_ratio_is_compared_with_the_same_baselines() -> None:
     points = {**BASELINES, "freeze": (0.4, 0.9), "freeze@0.5": (0.5, 0.2), "uce+freeze@0.5": (0.0, 5.0)}
     found = equal_impact("freeze@0.5", points, samples(points))
-    assert found is not None and found["between"] == ["small", "large"] and found["difference"] == pytest.approx(-0.25)
+    assert found is not None and found["between"] == ["small", CLOSED] and found["difference"] == pytest.approx(-0.3625)
     assert "the learned mask freeze@0.5 has a mitigation of 0.200" in said(found, "freeze@0.5")
 
 
+@pytest.mark.parametrize("strong", [(0.53, 0.4), (0.86, 0.63)])
+def test_a_mask_that_takes_more_from_legal_users_is_no_better_for_being_stronger_than_any_baseline(
+    strong: tuple[float, float],
+) -> None:
+    points = {"none": (0.0, 0.0), "random": (0.5, 0.38), "freeze": strong}
+    found = equal_impact("freeze", points, samples(points, 0.001))
+    assert found is not None and found["between"] == ["none", CLOSED]
+    assert found["reached"] == pytest.approx(strong[0]) and "baselines are better" in said(found)
+
+
 def test_noise_larger_than_the_difference_is_no_difference() -> None:
-    points = {**BASELINES, "freeze": (0.4, 0.42)}
+    points = {**BASELINES, "freeze": (0.4, 0.5)}
     assert "no difference beyond" in said(equal_impact("freeze", points, samples(points, 0.2)))
 
 
@@ -82,7 +92,7 @@ def test_what_cannot_be_compared_is_said() -> None:
     assert "no baseline harms legal users as little" in said(found)
 
 
-@pytest.mark.parametrize("missing", ["freeze", "large"])
+@pytest.mark.parametrize("missing", ["freeze", "small"])
 @pytest.mark.parametrize("role", ["legal", "illegal"])
 def test_samples_without_a_number_for_one_defence_do_not_count(missing: str, role: str) -> None:
     points = {**BASELINES, "freeze": (0.4, 0.6)}
