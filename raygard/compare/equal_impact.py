@@ -23,6 +23,7 @@ from raygard.outcome import LEARNED, NONE
 # Needs no measurement: who trains nothing has the release.
 CLOSED = "everything frozen"
 Points = Mapping[str, tuple[float, float]]
+UNMEASURED: Points = {CLOSED: (1.0, 1.0)}
 
 
 def reached(points: Points, legal_impact: float) -> tuple[float, tuple[str, ...]] | None:
@@ -81,7 +82,7 @@ def equal_impact(
         return None
     names = [name for name in points if not holds_learned(name)]
     at, own = points[learned]
-    found = reached({CLOSED: (1.0, 1.0), **{name: points[name] for name in names}}, at)
+    found = reached({**UNMEASURED, **{name: points[name] for name in names}}, at)
     entry: dict[str, Any] = {
         "legal_impact": at, "mitigation": own, "reached": None, "between": [], "difference": None,
         "difference_ci": None, "incomplete": [learned] if learned in incomplete else [],
@@ -89,7 +90,7 @@ def equal_impact(
     if found is None:
         return entry
     # The noise of the seeds of `none` against itself is no way to defend.
-    free = {CLOSED: (1.0, 1.0), **({NONE: (0.0, 0.0)} if NONE in names else {})}
+    free = {**UNMEASURED, **({NONE: (0.0, 0.0)} if NONE in names else {})}
     drawn = [name for name in names if name != NONE]
     legal, mitigation = (np.stack([samples[n, role] for n in (learned, *drawn)], 1) for role in ("legal", "illegal"))
     differences = []
