@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raygard.baselines import DEFENCES, DRAWN, NEED_RELEARNED, choose_frozen, relative_change
+from raygard.bilevel.rules import RULES
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.model import load_denoiser
 from raygard.errors import RaygardError
@@ -32,8 +33,8 @@ def make_mask(
     denoiser = load_denoiser(config.model)
     sizes = torch.tensor([parameter.numel() for parameter in denoiser.parameters()])
     ratio = config.mask.freeze_ratio if ratio is None else ratio
-    if config.mask.draw_ratios:
-        # The last soft mask has the mean that was drawn last; the ranking is what was learned.
+    if config.mask.draw_ratios or ratio < RULES[config.mask.rule].least_ratio:
+        # The last soft mask has the mean that was drawn last, or the rule's least; the ranking is what was learned.
         weights = sizes.double() if config.mask.budget == "params" else None
         logits = shift_to_budget(logits, config.mask.temperature, ratio, weights)
         soft = soft_mask(logits, config.mask.temperature)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from raygard.config_file import load_config
 from raygard.mask import FreezeMask
 from raygard.schemas import load as load_schema
-from tests.search_fixtures import SETTINGS, check_hierarchy, start_search
+from tests.search_fixtures import SETTINGS, check_hierarchy, lend, start_search
 
 pytestmark = pytest.mark.distributed
 
@@ -87,7 +88,7 @@ def test_runs_are_nested_in_mlflow_and_searchable(searched) -> None:
     check_hierarchy(f"sqlite:///{out / 'mlflow.db'}", read(out / "choice.json"))
 
 
-def test_with_values_every_candidate_is_a_release_of_its_own(patterns, tmp_path) -> None:
+def test_with_values_every_candidate_is_a_release_of_its_own(patterns, searched, tmp_path) -> None:
     """One trial of two seeds: values in the candidate and in the other seed's mask, chosen by both budgets."""
     import mlflow
 
@@ -95,6 +96,7 @@ def test_with_values_every_candidate_is_a_release_of_its_own(patterns, tmp_path)
     overrides = ["domain.general=[bars]", "values.max_train_steps=6", "values.lr_warmup_steps=1"]
     overrides += ["values.train_batch_size=8", "search.freeze_ratios=[0.3]", "search.inner_steps=[2]"]
     overrides += ["search.controls=[]", "evaluation.mask_seeds=[0,1]", "domain.base_loss_budget=1e-9"]
+    lend(searched[0], out, load_config(None, [*SETTINGS, f"domain.data={patterns}", *overrides]))
     process = start_search(patterns, out, *overrides)
     output = process.communicate(timeout=900)[0]
     assert process.returncode == 0, output[-4000:]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raygard.bilevel.rules import RuleSettings, make_rule
-from raygard.cluster.worker import batch_sources, make_schedule
+from raygard.cluster.worker import batch_sources, make_schedule, rule_settings
 from raygard.config_file import load_config
+from raygard.defences import make_mask
+from raygard.diffusion.model import load_denoiser
 from raygard.errors import RaygardError
 from raygard.mask.soft import select_frozen
 from tests.latents import latent_set
@@ -20,13 +22,13 @@ from tests.latents import latent_set
 NUM_TENSORS = 40
 
 
-def learned(signals: Tensor) -> Tensor:
+def learned(signals: Tensor, p: float = 0.3) -> Tensor:
     """Logits after publisher steps with these signals, float64 (steps, N)."""
-    rule = make_rule("average", RuleSettings(NUM_TENSORS, 0.3, 0.2, 0.05, 0.0, None, 0))
+    rule = make_rule("average", RuleSettings(NUM_TENSORS, p, 0.2, 0.05, 0.0, None, 0))
     state = rule.initial()
     for signal in signals:
         rule.update(state, signal)
-    assert float(rule.soft(state).mean()) == pytest.approx(0.3, abs=1e-9)
+    assert float(rule.soft(state).mean()) == pytest.approx(max(p, 0.3), abs=1e-9)
     return state["logits"]
 
 
@@ -49,6 +51,25 @@ def test_neither_the_order_of_steps_nor_the_scale_of_the_loss_matters(seed: int,
     expected = learned(drawn)
     torch.testing.assert_close(learned(drawn[order]), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(learned(drawn * 1e-9), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=st.integers(0, 2**31), p=st.floats(0.02, 0.29))
+def test_smaller_p_are_read_off_one_ranking(seed: int, p: float) -> None:
+    drawn = signals(seed)
+    assert torch.equal(learned(drawn, p), learned(drawn))
+
+
+def test_a_mask_of_smaller_p_holds_that_p(tiny_sd) -> None:
+    names = [f"model.pretrained_model_name_or_path={tiny_sd}", "domain.illegal=[a]", "domain.legal=[b]"]
+    config = load_config(None, [*names, "mask.freeze_ratio=0.05"])
+    count = len(list(load_denoiser(config.model).parameters()))
+    rule = make_rule("average", rule_settings(config, torch.ones(count), 0))
+    state = rule.initial()
+    rule.update(state, torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    mask = make_mask(config, state["logits"], rule.soft(state), 0)
+    assert float(mask.soft.mean()) == pytest.approx(0.05) and int(mask.frozen.sum()) == round(0.05 * count)
+    larger = make_mask(config, state["logits"], rule.soft(state), 0, 0.3)
+    assert set(mask.frozen_names) < set(larger.frozen_names)
 
 
 def test_without_a_signal_no_tensor_is_preferred() -> None:

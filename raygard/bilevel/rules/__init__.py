@@ -40,6 +40,7 @@ class Rule(Protocol):
 
     weighs_losses: whether `bilevel.illegal_weight` and `legal_weight` mean something to it; else L_upper is -L_illegal.
     upper_part: pictures of the publisher's half that upper batches are drawn from.
+    least_ratio: mean of the soft mask while smaller p are learned; their masks are read off that ranking.
     """
 
     default_mask_lr: ClassVar[float]
@@ -47,6 +48,7 @@ class Rule(Protocol):
     draws_ratios: ClassVar[bool]
     weighs_losses: ClassVar[bool]
     upper_part: ClassVar[str]
+    least_ratio: ClassVar[float]
 
     def __init__(self, settings: RuleSettings) -> None: ...
 

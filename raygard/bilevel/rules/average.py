@@ -1,4 +1,4 @@
-"""Rule `average`: logits follow the sum of all signals so far, of the illegal loss alone; mean(m) = p held exactly.
+"""Rule `average`: logits follow the sum of all signals so far, of the illegal loss alone; mean(m) = max(p, 0.3) held.
 
 The signal s_i = dL_upper/dm_i, negated, is what tensor i gives the illegal user. Adam (rule `budget`) divides it by its
 own size, tensor by tensor, and forgets it after some ten steps: tensors that hardly matter then count as much as those
@@ -6,6 +6,9 @@ that do, and two seeds agree on half of what they freeze. Here all tensors share
 in dual averaging (Nesterov 2009, doi 10.1007/s10107-007-0149-x). L_upper is -L_illegal, on the pictures the user trains
 on: what illegal and legal pictures say of a tensor is the same up to noise, and their difference is most of that noise;
 of a class with few pictures, the loss on further ones rises while a user learns it (docs/selectivity.md).
+
+A user who is held by almost nothing stands near his optimum, where the loss has no slope and signals are noise: sums
+learned at p = 0.02 or 0.05 rank worse than the same sums learned at 0.3. So smaller p are read off the ranking of 0.3.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class AverageRule:
     draws_ratios: ClassVar[bool] = True
     weighs_losses: ClassVar[bool] = False
     upper_part: ClassVar[str] = "learn_lower"
+    least_ratio: ClassVar[float] = 0.3
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings
@@ -37,7 +41,7 @@ class AverageRule:
     def initial(self) -> RuleState:
         zeros = torch.zeros(self.settings.num_tensors, dtype=torch.float64)
         step = torch.zeros((), dtype=torch.float64)
-        return {"logits": to_budget(self.settings, zeros, 0), "total": zeros.clone(), "step": step}
+        return {"logits": to_budget(self.settings, zeros, 0, self.least_ratio), "total": zeros.clone(), "step": step}
 
     def soft(self, state: RuleState) -> Tensor:
         return soft_mask(state["logits"], self.settings.temperature)
@@ -47,4 +51,4 @@ class AverageRule:
         state["total"] += signal
         scale = state["total"].square().mean().sqrt() + EPSILON
         logits = -self.settings.mask_lr * state["step"] * state["total"] / scale
-        state["logits"] = to_budget(self.settings, logits, int(state["step"]))
+        state["logits"] = to_budget(self.settings, logits, int(state["step"]), self.least_ratio)

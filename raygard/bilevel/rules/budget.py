@@ -31,6 +31,7 @@ class BudgetRule:
     draws_ratios: ClassVar[bool] = True
     weighs_losses: ClassVar[bool] = True
     upper_part: ClassVar[str] = "learn_upper"
+    least_ratio: ClassVar[float] = 0.0
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings

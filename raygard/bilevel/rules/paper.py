@@ -26,6 +26,7 @@ class PaperRule:
     weighs_losses: ClassVar[bool] = True
     # As the paper does.
     upper_part: ClassVar[str] = "learn_lower"
+    least_ratio: ClassVar[float] = 0.0
 
     def __init__(self, settings: RuleSettings) -> None:
         self.settings = settings
