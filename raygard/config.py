@@ -49,7 +49,9 @@ class MaskConfig(Section):
     freeze_ratio: float = Field(0.3, gt=0, lt=1, description="p")
     budget: Literal["count", "params"] = Field("count", description="p counts tensors or parameters")
     draw_ratios: tuple[float, ...] = Field(
-        (), description="p is drawn anew from these for each publisher step: one ranking, good at all of them"
+        (),
+        description="p is drawn anew from these for each publisher step: one ranking, good at all of them; rule average "
+        "learns at no less than 0.3",
     )
     rule: str = Field(
         DEFAULT_RULE,

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,9 +22,9 @@ from tests.latents import latent_set
 NUM_TENSORS = 40
 
 
-def learned(signals: Tensor, p: float = 0.3) -> Tensor:
+def learned(signals: Tensor, p: float = 0.3, draw_ratios: tuple[float, ...] = ()) -> Tensor:
     """Logits after publisher steps with these signals, float64 (steps, N)."""
-    rule = make_rule("average", RuleSettings(NUM_TENSORS, p, 0.2, 0.05, 0.0, None, 0))
+    rule = make_rule("average", RuleSettings(NUM_TENSORS, p, 0.2, 0.05, 0.0, None, 0, draw_ratios))
     state = rule.initial()
     for signal in signals:
         rule.update(state, signal)
@@ -53,10 +53,12 @@ def test_neither_the_order_of_steps_nor_the_scale_of_the_loss_matters(seed: int,
     torch.testing.assert_close(learned(drawn * 1e-9), expected, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), p=st.floats(0.02, 0.29))
 def test_smaller_p_are_read_off_one_ranking(seed: int, p: float) -> None:
     drawn = signals(seed)
     assert torch.equal(learned(drawn, p), learned(drawn))
+    assert torch.equal(learned(drawn, draw_ratios=(p, 0.05, 0.3)), learned(drawn))
 
 
 def test_a_mask_of_smaller_p_holds_that_p(tiny_sd) -> None:
