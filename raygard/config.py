@@ -50,7 +50,7 @@ class MaskConfig(Section):
     budget: Literal["count", "params"] = Field("count", description="p counts tensors or parameters")
     draw_ratios: tuple[float, ...] = Field(
         (),
-        description="p is drawn anew from these for each publisher step: one ranking, good at all of them; rule average "
+        description="p is drawn anew from these for each publisher step: one ranking, good at all of them; average "
         "learns at no less than 0.3",
     )
     rule: str = Field(
