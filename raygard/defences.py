@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from raygard.baselines import DEFENCES, DRAWN, NEED_RELEARNED, choose_frozen, relative_change
-from raygard.bilevel.rules import RULES
+from raygard.bilevel.rules import read_off
 from raygard.config import RunConfig, config_hash, flatten
 from raygard.diffusion.model import load_denoiser
 from raygard.errors import RaygardError
 from raygard.mask import FreezeMask, select_frozen
-from raygard.mask.soft import shift_to_budget, soft_mask
 from raygard.mask.weights import load_denoiser_state
 from raygard.rundir import RunDirectory
 from raygard.seeding import generator
@@ -33,11 +32,7 @@ def make_mask(
     denoiser = load_denoiser(config.model)
     sizes = torch.tensor([parameter.numel() for parameter in denoiser.parameters()])
     ratio = config.mask.freeze_ratio if ratio is None else ratio
-    if config.mask.draw_ratios or ratio < RULES[config.mask.rule].least_ratio:
-        # The last soft mask has the mean that was drawn last, or the rule's least; the ranking is what was learned.
-        weights = sizes.double() if config.mask.budget == "params" else None
-        logits = shift_to_budget(logits, config.mask.temperature, ratio, weights)
-        soft = soft_mask(logits, config.mask.temperature)
+    logits, soft = read_off(config.mask, logits, soft, sizes, ratio)
     frozen = select_frozen(logits, sizes, ratio, config.mask.budget)
     return FreezeMask.create(
         denoiser,

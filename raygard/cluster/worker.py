@@ -19,7 +19,7 @@ from torch import Tensor
 from raygard.bilevel.alternation import DenoiserLoss, Schedule, StepRecord, alternate
 from raygard.bilevel.batches import BatchSource
 from raygard.bilevel.optimizer import BilevelOptimizer
-from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule
+from raygard.bilevel.rules import RULES, Rule, RuleSettings, make_rule, read_off
 from raygard.cluster.checkpoint import SavedState, first_whole, read_manifest
 from raygard.cluster.engine import Checkpointed, ShardedTraining, build, cpu_environment
 from raygard.config import EngineConfig, RunConfig
@@ -318,8 +318,8 @@ def _average(records: list[StepRecord], device: torch.device) -> list[dict[str, 
 
 
 def _mask_metrics(config: RunConfig, optimizer: BilevelOptimizer, sizes: Tensor) -> dict[str, float]:
-    soft = optimizer.soft
-    frozen = select_frozen(optimizer.logits, sizes, config.mask.freeze_ratio, config.mask.budget)
+    logits, soft = read_off(config.mask, optimizer.logits, optimizer.soft, sizes)
+    frozen = select_frozen(logits, sizes, config.mask.freeze_ratio, config.mask.budget)
     return {
         "soft_mean": float(soft.mean()),
         "frozen_by_count": float(frozen.double().mean()),

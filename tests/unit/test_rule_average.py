@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raygard.bilevel.rules import RuleSettings, make_rule
+from raygard.bilevel.rules import RuleSettings, make_rule, read_off
 from raygard.cluster.worker import batch_sources, make_schedule, rule_settings
 from raygard.config_file import load_config
 from raygard.defences import make_mask
@@ -72,6 +72,13 @@ def test_a_mask_of_smaller_p_holds_that_p(tiny_sd) -> None:
     assert float(mask.soft.mean()) == pytest.approx(0.05) and int(mask.frozen.sum()) == round(0.05 * count)
     larger = make_mask(config, state["logits"], rule.soft(state), 0, 0.3)
     assert set(mask.frozen_names) < set(larger.frozen_names)
+
+
+@pytest.mark.parametrize("overrides", [["mask.freeze_ratio=0.3"], ["mask.freeze_ratio=0.05", "mask.rule=budget"]])
+def test_what_was_learned_at_its_own_p_is_taken_as_it_is(overrides: list[str]) -> None:
+    logits, soft = torch.zeros(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    read = read_off(load_config(None, overrides).mask, logits, soft, torch.ones(4))
+    assert read[0] is logits and read[1] is soft
 
 
 def test_without_a_signal_no_tensor_is_preferred() -> None:

@@ -7,13 +7,17 @@ float64 tensors with at least "logits". Everything it does is deterministic, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
 from raygard.bilevel.rules.average import AverageRule
 from raygard.bilevel.rules.budget import BudgetRule
 from raygard.bilevel.rules.paper import PaperRule
+from raygard.mask.soft import shift_to_budget, soft_mask
+
+if TYPE_CHECKING:
+    from raygard.config import MaskConfig
 
 RuleState = dict[str, Tensor]
 
@@ -72,4 +76,19 @@ def make_rule(name: str, settings: RuleSettings) -> Rule:
     return RULES[name](settings)
 
 
-__all__ = ["RULES", "Rule", "RuleSettings", "RuleState", "make_rule"]
+def read_off(
+    mask: MaskConfig, logits: Tensor, soft: Tensor, sizes: Tensor, ratio: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits and soft mask for p = `ratio` (default mask.freeze_ratio), float64 (N,), where another p was held.
+
+    While a ranking is learned, p may be drawn or be the rule's least; the ranking is what was learned. Otherwise both
+    are returned as they are. sizes: elements of each tensor (N,).
+    """
+    ratio = mask.freeze_ratio if ratio is None else ratio
+    if not mask.draw_ratios and ratio >= RULES[mask.rule].least_ratio:
+        return logits, soft
+    logits = shift_to_budget(logits, mask.temperature, ratio, sizes.double() if mask.budget == "params" else None)
+    return logits, soft_mask(logits, mask.temperature)
+
+
+__all__ = ["RULES", "Rule", "RuleSettings", "RuleState", "make_rule", "read_off"]
