@@ -79,12 +79,13 @@ def agreement(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def interval(values: Sequence[float | None]) -> str:
-    """Mean and 95 % t-interval over seeds."""
+    """Mean and, where seeds differ, its 95 % t-interval over them."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
     mean = statistics.fmean(known)
-    if len(known) < 2:
+    # Seeds that chose one and the same mask say nothing of chance.
+    if len(set(known)) < 2:
         return f"{mean:+.2f}"
     from scipy.stats import t
 
