@@ -99,10 +99,10 @@ def test_a_silent_metadata_service_is_no_notice() -> None:
 
 # Slurm: `srun` runs what follows its options here and now; `ray start` stays until it is told to end.
 SRUN = 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
-RAY = """printf '%s\\n' "$*" >> "$CALLS"
-[[ $1 == start ]] || exit 0
-stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"
-exec sleep 300
+# Its line comes last: once the search has seen the lines of all nodes it ends, and the token is removed.
+RAY = """[[ $1 != start ]] || stat -c %a "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"
+printf '%s\\n' "$*" >> "$CALLS"
+[[ $1 != start ]] || exec sleep 300
 """
 PYTHON = """if [[ $1 == -c ]]; then exec {python} "$@"; fi
 printf 'python %s\\n' "$*" >> "$CALLS"
