@@ -6,7 +6,7 @@ float64 tensors with at least "logits". Everything it does is deterministic, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
@@ -73,7 +73,10 @@ RULES: dict[str, type[Rule]] = {"average": AverageRule, "budget": BudgetRule, "p
 
 
 def make_rule(name: str, settings: RuleSettings) -> Rule:
-    return RULES[name](settings)
+    """The rule, which holds its `least_ratio` for every smaller p of the settings."""
+    least = RULES[name].least_ratio
+    drawn = tuple(max(ratio, least) for ratio in settings.draw_ratios)
+    return RULES[name](replace(settings, freeze_ratio=max(settings.freeze_ratio, least), draw_ratios=drawn))
 
 
 def read_off(

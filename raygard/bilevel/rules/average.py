@@ -41,7 +41,7 @@ class AverageRule:
     def initial(self) -> RuleState:
         zeros = torch.zeros(self.settings.num_tensors, dtype=torch.float64)
         step = torch.zeros((), dtype=torch.float64)
-        return {"logits": to_budget(self.settings, zeros, 0, self.least_ratio), "total": zeros.clone(), "step": step}
+        return {"logits": to_budget(self.settings, zeros, 0), "total": zeros.clone(), "step": step}
 
     def soft(self, state: RuleState) -> Tensor:
         return soft_mask(state["logits"], self.settings.temperature)
@@ -51,4 +51,4 @@ class AverageRule:
         state["total"] += signal
         scale = state["total"].square().mean().sqrt() + EPSILON
         logits = -self.settings.mask_lr * state["step"] * state["total"] / scale
-        state["logits"] = to_budget(self.settings, logits, int(state["step"]), self.least_ratio)
+        state["logits"] = to_budget(self.settings, logits, int(state["step"]))

@@ -14,13 +14,10 @@ if TYPE_CHECKING:
     from raygard.bilevel.rules import RuleSettings
 
 
-def to_budget(settings: RuleSettings, logits: Tensor, step: int, least_ratio: float = 0.0) -> Tensor:
-    """Logits, float64 (N,), shifted by one number so that the soft mask holds p, or the p drawn for this step.
-
-    least_ratio: held where p is smaller.
-    """
+def to_budget(settings: RuleSettings, logits: Tensor, step: int) -> Tensor:
+    """Logits, float64 (N,), shifted by one number so that the soft mask holds p, or the p drawn for this step."""
     ratio = settings.freeze_ratio
     if settings.draw_ratios:
         drawn = torch.randint(len(settings.draw_ratios), (), generator=generator(settings.seed, "freeze ratio", step))
         ratio = settings.draw_ratios[int(drawn)]
-    return shift_to_budget(logits, settings.temperature, max(ratio, least_ratio), settings.weights)
+    return shift_to_budget(logits, settings.temperature, ratio, settings.weights)
